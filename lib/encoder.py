@@ -1,0 +1,231 @@
+"""Sentences -> embeddings: deduplicated, sorted by length, cut into batches by tokens, no layer too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib.forward import read_states, run_prefix, shares_prefix
+from lib.models import Backbone
+from lib.prompts import Prompt, get_prompt
+from lib.store import EmbeddingStore, code_version, fingerprint
+from lib.token_prepending import TokenPrepending
+from lib.tokens import PromptTokenizer, TokenRows
+
+POOLINGS = ("last", "mean", "weighted_mean")
+
+# Tokens in one batch: enough to keep the matrix units busy, few enough for the caches (CPU) and memory (GPU).
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+
+# How many sentences are encoded between two writes to the store: what an interrupt can cost.
+CHUNK = 2048
+
+
+class SentenceEncoder:
+    """Embeddings of sentences from a frozen causal language model.
+
+    Args:
+        backbone: from `load_backbone`; several encoders can share it.
+        prompt: a name in `lib.prompts.PROMPTS`, or a `Prompt`.
+        tp: a `TokenPrepending` setting, or None for the plain model.
+        exit_layer: which state is the embedding, in Hugging Face's numbering: n is the output of block n - 1, before the
+            final norm; -1 (or the number of blocks) is the last block's output after it. Later blocks are not run.
+        pooling: `"last"`, `"mean"` or `"weighted_mean"`; None takes the prompt's own (`"last"` for all but Echo).
+        max_length: tokens, prompt included; longer sentences are cut, with a warning.
+        share_prefix: run the part of the prompt before the sentence once and not for every sentence.
+        store: an `EmbeddingStore`; embeddings found there are not computed again.
+
+    Raises:
+        ValueError: unknown prompt or pooling; no such layer; TP on a prompt that is not read at its last token.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: str | Prompt = "prompteol",
+        tp: TokenPrepending | None = None,
+        exit_layer: int = -1,
+        pooling: str | None = None,
+        *,
+        max_length: int = 512,
+        share_prefix: bool = True,
+        store: EmbeddingStore | None = None,
+    ):
+        self.backbone = backbone
+        self.prompt = get_prompt(prompt)
+        self.tp = tp
+        self.exit_layer = backbone.layer_index(exit_layer)
+        self.pooling = pooling or self.prompt.pooling
+        self.max_length = min(max_length, backbone.max_length)
+        self.share_prefix = share_prefix
+        self.store = store
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)}.")
+        if tp is not None and self.prompt.pooling != "last":
+            raise ValueError(f"Prompt {self.prompt.name!r} is not read at its last token, so TP does not apply to it.")
+        if tp is not None and tp.end > backbone.num_layers:
+            raise ValueError(f"TP end={tp.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
+        self._tokenize = PromptTokenizer(backbone.tokenizer, self.max_length)
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+    ) -> np.ndarray | torch.Tensor:
+        """Embed sentences at the exit layer.
+
+        Args:
+            sentences: a list of strings, or one string.
+            batch_size: at most so many sentences in a batch; None leaves it to the token budget alone.
+            show_progress_bar: None shows one when there are more than 1,000 sentences to compute.
+            convert_to_numpy: a numpy array if true, else a torch tensor on the CPU.
+            normalize_embeddings: scale each embedding to length 1.
+
+        Returns:
+            float32 (sentences, hidden), or (hidden,) for one string.
+
+        Raises:
+            ValueError: the list is empty. TypeError: an item is not a string.
+        """
+        single = isinstance(sentences, str)
+        states = self.encode_layers([sentences] if single else sentences, [self.exit_layer], batch_size, show_progress_bar)
+        embeddings = states[self.exit_layer]
+        if normalize_embeddings:
+            embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+        if single:
+            embeddings = embeddings[0]
+        return embeddings if convert_to_numpy else torch.from_numpy(embeddings)
+
+    def encode_layers(
+        self,
+        sentences: Sequence[str],
+        layers: Iterable[int],
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> dict[int, np.ndarray]:
+        """Embed sentences at several layers in one pass: layer -> float32 (sentences, hidden).
+
+        The keys are the layers as given (a -1 stays -1). Arguments and errors as in `encode`.
+        """
+        sentences = list(sentences)
+        _check(sentences)
+        index = {layer: self.backbone.layer_index(layer) for layer in layers}
+        texts = [self.prompt.prepare(sentence) for sentence in sentences]
+        rows = {text: None for text in texts}
+        known = {n: self.store.load(self.key(n)) if self.store else {} for n in set(index.values())}
+        missing = sorted((t for t in rows if any(t not in known[n] for n in known)), key=len, reverse=True)
+        show = len(missing) > 1000 if show_progress_bar is None else show_progress_bar
+        with tqdm(total=len(missing), desc=self.prompt.name, unit="sentence", disable=not (show and missing), leave=False) as bar:
+            for begin in range(0, len(missing), CHUNK if self.store else len(missing) or 1):
+                chunk = missing[begin : begin + (CHUNK if self.store else len(missing))]
+                states = self._compute(chunk, list(known), batch_size, bar)
+                for n, embeddings in states.items():
+                    known[n].update(zip(chunk, embeddings))
+                    if self.store:
+                        self.store.save(self.key(n), chunk, embeddings)
+        return {layer: np.stack([known[n][text] for text in texts]) for layer, n in index.items()}
+
+    def key(self, layer: int) -> str:
+        """Fingerprint of all that decides an embedding besides its text."""
+        return fingerprint(self.describe() | {"layer": self.backbone.layer_index(layer), "code": ENCODER_CODE})
+
+    def describe(self) -> dict:
+        """The setting as plain data, for the provenance of a result."""
+        return self.backbone.describe() | {
+            "prompt": self.prompt.name,
+            "templates": list(self.prompt.templates),
+            "cleaned": self.prompt.clean,
+            "pooling": self.pooling,
+            "tp": self.tp.describe() if self.tp else None,
+            "max_length": self.max_length,
+        }
+
+    def _compute(self, texts: list[str], layers: list[int], batch_size: int | None, bar: tqdm) -> dict[int, np.ndarray]:
+        """Embeddings of distinct, cleaned texts at each layer: the mean over the prompt's templates."""
+        templates = self.prompt.with_placeholder(self.tp.place, self.tp.count) if self.tp else self.prompt.templates
+        total = {n: np.zeros((len(texts), self.backbone.hidden_size), np.float32) for n in layers}
+        for template in templates:
+            rows = self._tokenize(template, texts, mean_span=self.pooling != "last")
+            prefix = None
+            if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
+                rows.prefix = 0
+            if rows.prefix:
+                ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
+                prefix = run_prefix(self.backbone, ids, max(layers))
+            for batch in token_batches([len(row) - rows.prefix for row in rows.ids], self._budget, batch_size):
+                for n, states in self._run(rows, batch, layers, prefix).items():
+                    total[n][batch] += states.float().cpu().numpy() / len(templates)
+                bar.update(len(batch) / len(templates))
+        return total
+
+    @property
+    def _budget(self) -> int:
+        return BATCH_TOKENS.get(self.backbone.device.type, BATCH_TOKENS["cpu"])
+
+    def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
+        """One batch through the model: layer -> (batch, hidden)."""
+        device, skip = self.backbone.device, rows.prefix
+        lengths = [len(rows.ids[i]) - skip for i in batch]
+        ids = np.zeros((len(batch), max(lengths)), np.int64)
+        for k, i in enumerate(batch):
+            ids[k, : lengths[k]] = rows.ids[i][skip:]
+        last = torch.tensor(lengths, device=device) - 1
+        first = torch.tensor([rows.first[i] - skip for i in batch], device=device)
+        applied = nullcontext()
+        if self.tp:
+            start = torch.tensor([rows.placeholders[i] - skip for i in batch])[:, None]
+            applied = self.tp.attach(self.backbone, start + torch.arange(self.tp.count), last)
+        with applied:
+            return read_states(
+                self.backbone, torch.from_numpy(ids).to(device), layers,
+                read=lambda states: pool(states, self.pooling, first, last), prefix=prefix,
+            )
+
+
+ENCODER_CODE = code_version("models", "forward", "token_prepending", "prompts", "tokens", "encoder")
+
+
+def pool(states: torch.Tensor, pooling: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, hidden) -> (batch, hidden): the last token's state, or a mean from `first` to `last` (inclusive).
+
+    `"weighted_mean"` weights the k-th of those tokens by k (SGPT, arXiv 2202.08904), counting from 1.
+    """
+    first, last = first.to(states.device), last.to(states.device)
+    if pooling == "last":
+        return states[torch.arange(len(last), device=states.device), last]
+    place = torch.arange(states.shape[1], device=states.device)[None] - first[:, None] + 1
+    inside = (place >= 1) & (place <= (last - first + 1)[:, None])
+    weights = (place if pooling == "weighted_mean" else torch.ones_like(place)) * inside
+    weights = weights.float() / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("bth,bt->bh", states.float(), weights)
+
+
+def token_batches(lengths: list[int], budget: int, batch_size: int | None = None) -> list[list[int]]:
+    """Cut row indices into batches of similar length: rows x longest row <= `budget`, rows <= `batch_size`.
+
+    A row longer than the budget gets a batch of its own. The longest come first, so that memory runs out at once or not at all.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        full = not batches or (len(batches[-1]) + 1) * longest > budget or len(batches[-1]) == batch_size
+        if full:
+            batches.append([])
+            longest = max(lengths[i], 1)
+        batches[-1].append(i)
+    return batches
+
+
+def _check(sentences: list) -> None:
+    if not sentences:
+        raise ValueError("There is nothing to encode: the list of sentences is empty.")
+    for i, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise TypeError(f"Sentence {i} is {type(sentence).__name__}, not a string: {sentence!r:.60}")
