@@ -19,7 +19,7 @@ from lib.tokens import PromptTokenizer, TokenRows
 POOLINGS = ("last", "mean", "weighted_mean")
 
 # Tokens in one batch: enough to keep the matrix units busy, few enough for the caches (CPU) and memory (GPU).
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
 
 # How many sentences are encoded between two writes to the store: what an interrupt can cost.
 CHUNK = 2048
@@ -118,23 +118,22 @@ class SentenceEncoder:
         _check(sentences)
         index = {layer: self.backbone.layer_index(layer) for layer in layers}
         texts = [self.prompt.prepare(sentence) for sentence in sentences]
-        rows = {text: None for text in texts}
-        known = {n: self.store.load(self.key(n)) if self.store else {} for n in set(index.values())}
-        missing = sorted((t for t in rows if any(t not in known[n] for n in known)), key=len, reverse=True)
-        show = len(missing) > 1000 if show_progress_bar is None else show_progress_bar
-        with tqdm(total=len(missing), desc=self.prompt.name, unit="sentence", disable=not (show and missing), leave=False) as bar:
-            for begin in range(0, len(missing), CHUNK if self.store else len(missing) or 1):
-                chunk = missing[begin : begin + (CHUNK if self.store else len(missing))]
-                states = self._compute(chunk, list(known), batch_size, bar)
-                for n, embeddings in states.items():
-                    known[n].update(zip(chunk, embeddings))
-                    if self.store:
-                        self.store.save(self.key(n), chunk, embeddings)
-        return {layer: np.stack([known[n][text] for text in texts]) for layer, n in index.items()}
+        position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        wanted, total = sorted(set(index.values())), {}
+        for template in self._templates:
+            for n, states in self._encode_template(template, list(position), wanted, batch_size, show_progress_bar).items():
+                total[n] = total.get(n, 0) + states / np.float32(len(self._templates))
+        rows = [position[text] for text in texts]
+        return {layer: total[n][rows] for layer, n in index.items()}
 
-    def key(self, layer: int) -> str:
-        """Fingerprint of all that decides an embedding besides its text."""
-        return fingerprint(self.describe() | {"layer": self.backbone.layer_index(layer), "code": ENCODER_CODE})
+    @property
+    def _templates(self) -> tuple[str, ...]:
+        return self.prompt.with_placeholder(self.tp.place, self.tp.count) if self.tp else self.prompt.templates
+
+    def key(self, template: str, layer: int) -> str:
+        """Fingerprint of all that decides a template's embedding besides its text: CK finds what CoT and KE stored."""
+        setting = {k: v for k, v in self.describe().items() if k not in ("prompt", "templates")}
+        return fingerprint(setting | {"template": template, "layer": layer, "code": ENCODER_CODE})
 
     def describe(self) -> dict:
         """The setting as plain data, for the provenance of a result."""
@@ -147,23 +146,38 @@ class SentenceEncoder:
             "max_length": self.max_length,
         }
 
-    def _compute(self, texts: list[str], layers: list[int], batch_size: int | None, bar: tqdm) -> dict[int, np.ndarray]:
-        """Embeddings of distinct, cleaned texts at each layer: the mean over the prompt's templates."""
-        templates = self.prompt.with_placeholder(self.tp.place, self.tp.count) if self.tp else self.prompt.templates
-        total = {n: np.zeros((len(texts), self.backbone.hidden_size), np.float32) for n in layers}
-        for template in templates:
-            rows = self._tokenize(template, texts, mean_span=self.pooling != "last")
-            prefix = None
-            if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
-                rows.prefix = 0
-            if rows.prefix:
-                ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
-                prefix = run_prefix(self.backbone, ids, max(layers))
-            for batch in token_batches([len(row) - rows.prefix for row in rows.ids], self._budget, batch_size):
-                for n, states in self._run(rows, batch, layers, prefix).items():
-                    total[n][batch] += states.float().cpu().numpy() / len(templates)
-                bar.update(len(batch) / len(templates))
-        return total
+    def _encode_template(self, template: str, texts: list[str], layers: list[int], batch_size, show) -> dict[int, np.ndarray]:
+        """Embeddings of distinct, cleaned texts in one template, from the store as far as it has them."""
+        known = {n: self.store.load(self.key(template, n)) if self.store else {} for n in layers}
+        missing = sorted((t for t in texts if any(t not in rows for rows in known.values())), key=len, reverse=True)
+        show = len(missing) > 1000 if show is None else show
+        step = CHUNK if self.store else max(len(missing), 1)
+        with tqdm(total=len(missing), desc=self.prompt.name, unit="sentence", disable=not show, leave=False, mininterval=1) as bar:
+            for begin in range(0, len(missing), step):
+                chunk = missing[begin : begin + step]
+                for n, states in self._compute(template, chunk, layers, batch_size, bar).items():
+                    known[n].update(zip(chunk, states))
+                    if self.store:
+                        self.store.save(self.key(template, n), chunk, states)
+        return {n: np.stack([rows[text] for text in texts]) for n, rows in known.items()}
+
+    def _compute(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict[int, np.ndarray]:
+        """Run the model: layer -> float32 (texts, hidden)."""
+        states: dict[int, np.ndarray] = {}
+        rows = self._tokenize(template, texts, mean_span=self.pooling != "last")
+        prefix = None
+        if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
+            rows.prefix = 0
+        if rows.prefix:
+            ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
+            prefix = run_prefix(self.backbone, ids, max(layers))
+        for batch in token_batches([len(row) - rows.prefix for row in rows.ids], self._budget, batch_size):
+            for n, pooled in self._run(rows, batch, layers, prefix).items():
+                # Not all states need be equally wide: OPT-350m projects the last one down to its embeddings' width.
+                rows_of_layer = states.setdefault(n, np.empty((len(texts), pooled.shape[-1]), np.float32))
+                rows_of_layer[batch] = pooled.float().cpu().numpy()
+            bar.update(len(batch))
+        return states
 
     @property
     def _budget(self) -> int:

@@ -100,7 +100,8 @@ def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) ->
     """
     # Made without the model's config: a sliding-window layer would drop keys that a long prefix still needs.
     cache = DynamicCache()
-    read_states(backbone, prefix_ids[None], [last_layer], read=lambda states: None, prefix=cache)
+    # At least one block: models with learned positions count the prefix by the first block's keys.
+    read_states(backbone, prefix_ids[None], [max(last_layer, 1)], read=lambda states: None, prefix=cache)
     return Cache(layers=[_PrefixLayer(layer.keys, layer.values) for layer in cache.layers])
 
 
@@ -118,7 +119,7 @@ def shares_prefix(backbone: Backbone) -> bool:
             joined = read_states(backbone, ids[:, 4:], [n], prefix=run_prefix(backbone, ids[0, :4], n))[n].float()
             difference = ((joined - whole).norm() / whole.norm()).item()
             reason = f"the states differ by {difference:.1%}"
-        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             difference, reason = float("inf"), f"{type(error).__name__}: {error}"
         backbone.shares_prefix = difference < (1e-3 if backbone.dtype == torch.float32 else 0.1)
         if not backbone.shares_prefix:

@@ -25,6 +25,11 @@ def code_version(*modules: str) -> str:
     return fingerprint([(ROOT / "lib" / f"{module}.py").read_text() for module in modules])
 
 
+def is_fresh(path: Path) -> bool:
+    """Whether a stored file may be used: not if it is older than the start of a `--fresh` run."""
+    return path.stat().st_mtime >= float(os.environ.get("TP_FRESH_SINCE", 0))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +60,8 @@ class EmbeddingStore:
         """What is stored under `key`: a mapping from text to its embedding, float32 (hidden,)."""
         rows = _Rows()
         for path in sorted((self.folder / key).glob("*.npz")):
+            if not is_fresh(path):
+                continue
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:32] != path.stem:
                 warnings.warn(f"{path} is damaged; removing it and computing its embeddings again.", stacklevel=2)

@@ -1,0 +1,310 @@
+"""Where evaluation data comes from, and what is checked before a number is made from it.
+
+All data is found in one place, in one order: the folder in `$TP_DATA_DIR`, `data/downloads/`, the Hugging Face hub, and
+last the small sample sets that were written for this project. Row counts are those of SentEval (arXiv 1803.05449), as
+used by SimCSE and the Token Prepending paper. See `data/README.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetInfo, Features, Value
+
+from lib.download import DownloadError, fetch_archive, forget_hub
+from lib.store import ROOT
+
+DATA = ROOT / "data"
+
+STS_TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
+TRANSFER_TASKS = ("MR", "CR", "SUBJ", "MPQA", "SST2", "TREC", "MRPC")
+
+# kind of data -> dataset repository and archive on the hub, and a folder that the data must hold
+ARCHIVES = {"senteval": ("princeton-nlp/datasets-for-simcse", "senteval.tar", "STS")}
+
+# kind of source -> what a caption and a provenance call it
+SOURCES = {
+    "folder": ("real data", "the folder in $TP_DATA_DIR"),
+    "downloads": ("real data", "data/downloads"),
+    "sample": ("sample data (written for this project)", "data/sample"),
+}
+
+STS_FEATURES = Features(
+    {"subset": Value("string"), "sentence1": Value("string"), "sentence2": Value("string"), "score": Value("float64")}
+)
+
+
+class DataError(ValueError):
+    """A data file is missing, short or malformed; the message names the file, the line and what was expected."""
+
+
+class SampleDataWarning(UserWarning):
+    """No real data was found, so the sample stands in for it."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where data of one kind was found: `kind` is a key of `SOURCES`, `path` the folder that holds its files."""
+
+    kind: str
+    path: Path
+
+    @property
+    def is_sample(self) -> bool:
+        return self.kind == "sample"
+
+    @property
+    def label(self) -> str:
+        """For the captions of tables and figures."""
+        return SOURCES[self.kind][0]
+
+    def describe(self) -> dict:
+        """The source as plain data, for provenance: what kind of place it is, not where it lies on this machine."""
+        return {"kind": self.kind, "label": self.label, "where": SOURCES[self.kind][1]}
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """A file of sentence pairs, one a line, columns separated by tabs, never quoted.
+
+    Args:
+        path: below the source's folder.
+        rows: how many scored pairs it holds, in the split it is read for.
+        columns: what they hold. Kept are subset, sentence1, sentence2 and score; by a column split, rows are chosen.
+        subset: of all rows, where no column says it.
+        scores: a file with the scores, line by line; an empty line means that the pair was never scored.
+        header: its first line, if that is one.
+        more: whether further columns may follow.
+        lowest: the lowest possible score; the highest is 5.
+    """
+
+    path: str
+    rows: int
+    columns: tuple[str, ...] = ("sentence1", "sentence2")
+    subset: str = ""
+    scores: str = ""
+    header: str = ""
+    more: bool = False
+    lowest: float = 0.0
+
+
+_STSB = functools.partial(
+    PairFile, columns=("subset", "file", "year", "number", "score", "sentence1", "sentence2"), more=True
+)
+_SICK = functools.partial(
+    PairFile, columns=("number", "sentence1", "sentence2", "score", "entailment"), subset="SICK-R", lowest=1.0,
+    header="pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment",
+)
+_SAMPLE = functools.partial(
+    PairFile, "sts.tsv", columns=("split", "subset", "score", "sentence1", "sentence2"),
+    header="split\tgenre\tscore\tsentence1\tsentence2",
+)
+
+# Scored pairs per subset. STS13 has no SMT: its licence keeps it out of SentEval.
+_SEMEVAL = {
+    "STS12": {"MSRpar": 750, "MSRvid": 750, "SMTeuroparl": 459, "surprise.OnWN": 750, "surprise.SMTnews": 399},
+    "STS13": {"FNWN": 189, "headlines": 750, "OnWN": 561},
+    "STS14": {"deft-forum": 450, "deft-news": 300, "headlines": 750, "images": 750, "OnWN": 750, "tweet-news": 750},
+    "STS15": {"answers-forums": 375, "answers-students": 750, "belief": 375, "headlines": 750, "images": 750},
+    "STS16": {"answer-answer": 254, "headlines": 249, "plagiarism": 230, "postediting": 244, "question-question": 209},
+}
+
+
+def _semeval(task: str, rows: dict[str, int]) -> tuple[PairFile, ...]:
+    stem = f"STS/{task}-en-test/STS."
+    return tuple(PairFile(f"{stem}input.{k}.txt", rows[k], subset=k, scores=f"{stem}gs.{k}.txt") for k in rows)
+
+
+# task -> split -> its files
+STS_FILES: dict[str, dict[str, tuple[PairFile, ...]]] = {
+    **{task: {"test": _semeval(task, rows)} for task, rows in _SEMEVAL.items()},
+    "STS-B": {
+        "train": (_STSB("STS/STSBenchmark/sts-train.csv", 5749),),
+        "dev": (_STSB("STS/STSBenchmark/sts-dev.csv", 1500),),
+        "test": (_STSB("STS/STSBenchmark/sts-test.csv", 1379),),
+    },
+    "SICK-R": {
+        "train": (_SICK("SICK/SICK_train.txt", 4500),),
+        "dev": (_SICK("SICK/SICK_trial.txt", 500),),
+        "test": (_SICK("SICK/SICK_test_annotated.txt", 4927),),
+    },
+    "sample": {"dev": (_SAMPLE(rows=80),), "test": (_SAMPLE(rows=160),)},
+}
+
+
+def find_source(kind: str = "senteval") -> DataSource:
+    """Where data of this kind (a key of `ARCHIVES`) comes from; searched once per process (see `forget_sources`).
+
+    Falls back to the sample with a `SampleDataWarning`. A program that starts several processes can call this first
+    and, where it got the sample, set TP_HUB_UNREACHABLE=1 for them, so that they don't each wait for the hub.
+
+    Raises:
+        ValueError: no such kind.
+        DataError: `$TP_DATA_DIR` is set and does not hold the data; nothing else is tried then.
+    """
+    if kind not in ARCHIVES:
+        raise ValueError(f"Unknown kind of data {kind!r}; choose from {', '.join(ARCHIVES)}.")
+    return _search(kind, os.environ.get("TP_DATA_DIR", ""))
+
+
+def forget_sources() -> None:
+    """Search again at the next call, and ask the hub again."""
+    _search.cache_clear()
+    forget_hub()
+
+
+@functools.cache
+def _search(kind: str, folder: str) -> DataSource:
+    repo, archive, holds = ARCHIVES[kind]
+    if folder:
+        path = Path(folder).expanduser() / kind
+        if not path.is_dir():
+            raise DataError(f"TP_DATA_DIR is {folder!r}, so the folder {path} was expected, with {holds}/ in it; not found.")
+        return DataSource("folder", path)
+    path = DATA / "downloads" / kind
+    try:
+        if not path.is_dir():
+            fetch_archive(repo, archive, path, holds)
+        return DataSource("downloads", path)
+    except DownloadError as error:
+        warnings.warn(
+            f"No real evaluation data ({kind}): the sample written for this project stands in for it, and its scores "
+            f"compare with no paper. Tried: TP_DATA_DIR (not set), data/downloads/{kind} (not there), the Hugging Face hub "
+            f"({error}). To get the real data, go online and start again, or see data/README.md.",
+            SampleDataWarning,
+            stacklevel=3,
+        )
+    return DataSource("sample", DATA / "sample")
+
+
+def sts_tasks(source: DataSource | None = None) -> tuple[str, ...]:
+    """The STS tasks that a source really has: all seven, or the sample as the one task that it is."""
+    source = source or find_source()
+    return ("sample",) if source.is_sample else STS_TASKS
+
+
+def load_sts(task: str, split: str = "test", source: DataSource | None = None) -> Dataset:
+    """Load the scored sentence pairs of an STS task.
+
+    Args:
+        task: one of `STS_TASKS`, or `"sample"` where the source is the sample; the sample stands in for any of them.
+        split: `"test"`; STS-B and SICK-R also have `"train"` and `"dev"`, the sample `"dev"`.
+        source: from `find_source`, which is asked if it is None.
+
+    Returns:
+        A `Dataset` with the columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R
+        1 to 5), which carries its `provenance`. Pairs without a score are left out, as in SentEval.
+
+    Raises:
+        ValueError: no such task or split.
+        DataError: a file is missing, short or malformed, or the sample has no such split.
+    """
+    source = source or find_source()
+    tasks = tuple(STS_FILES) if source.is_sample else STS_TASKS
+    if task not in tasks:
+        raise ValueError(f"Unknown STS task {task!r}; choose from {', '.join(tasks)}.")
+    if split not in STS_FILES[task]:
+        raise ValueError(f"{task} has no split {split!r}; choose from {', '.join(STS_FILES[task])}.")
+    name = "sample" if source.is_sample else task
+    if split not in STS_FILES[name]:
+        raise DataError(f"The sample data has no split {split!r}, only {', '.join(STS_FILES[name])}.")
+    hashes: dict[str, str] = {}
+    rows = [row for file in STS_FILES[name][split] for row in _read_pairs(source.path, file, split, hashes)]
+    columns = {key: [row[key] for row in rows] for key in STS_FEATURES}
+    about = {"task": name, "split": split, "source": source.describe(), "rows_total": len(rows), "files": hashes, "caps": []}
+    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps(about), features=STS_FEATURES))
+
+
+def cap_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """At most `count` rows, drawn without replacement by an own generator, in their original order; None means all.
+
+    What was drawn is added to the provenance. Raises `ValueError` if `count` is below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"A data set needs at least one row, got count={count}.")
+    if count is None or count >= len(dataset):
+        return dataset
+    chosen = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
+    capped = dataset.select(np.sort(chosen))
+    about = _about(dataset)
+    capped.info.description = json.dumps(about | {"caps": [*about["caps"], {"count": count, "seed": seed}]})
+    return capped
+
+
+def provenance(dataset: Dataset) -> dict:
+    """What a data set of this module is: task ("sample" for the sample), split, source, rows, rows_total (before
+    `cap_rows`), caps (count and seed of each), files (path below the source's folder -> SHA-256).
+
+    Raises `ValueError` for a data set from elsewhere.
+    """
+    return _about(dataset) | {"rows": len(dataset)}
+
+
+def _about(dataset: Dataset) -> dict:
+    try:
+        return json.loads(dataset.info.description)
+    except json.JSONDecodeError:
+        raise ValueError("This data set carries no provenance: it was not loaded by lib.data.") from None
+
+
+def _read_pairs(folder: Path, file: PairFile, split: str, hashes: dict[str, str]) -> list[dict]:
+    """The scored pairs of one file, as dicts with the keys of `STS_FEATURES`. Adds to `hashes`. Raises `DataError`."""
+    path = folder / file.path
+    scores_path = folder / file.scores if file.scores else path
+    lines = _read_lines(folder, file.path, hashes)
+    scores = _read_lines(folder, file.scores, hashes) if file.scores else [""] * len(lines)
+    if len(scores) != len(lines):
+        raise DataError(f"{scores_path}: found {len(scores)} lines, expected {len(lines)}, one for each of {path.name}.")
+    if file.header and lines[:1] != [file.header]:
+        raise DataError(f"{path}, line 1: expected the header {file.header!r}.")
+    rows = []
+    for number, (line, score) in enumerate(zip(lines, scores, strict=True), 1):
+        if number == 1 and file.header:
+            continue
+        fields, wanted = line.split("\t"), len(file.columns)
+        if len(fields) < wanted or (len(fields) > wanted and not file.more):
+            names = ", ".join(file.columns)
+            raise DataError(f"{path}, line {number}: found {len(fields)} columns, expected {wanted} between tabs: {names}.")
+        row = {"subset": file.subset, "score": score} | dict(zip(file.columns, fields, strict=False))
+        if row.get("split", split) != split or (file.scores and not score.strip()):
+            continue
+        for key in ("sentence1", "sentence2"):
+            if not row[key].strip():
+                raise DataError(f"{path}, line {number}: expected a sentence in {key}, found none.")
+        row["score"] = _score(row["score"], file.lowest, f"{scores_path}, line {number}")
+        rows.append(row)
+    if len(rows) != file.rows:
+        raise DataError(f"{path}: found {len(rows)} scored rows, expected {file.rows}.")
+    return rows
+
+
+def _score(text: str, lowest: float, where: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = float("nan")
+    if not lowest <= score <= 5:
+        raise DataError(f"{where}: expected a score from {lowest:g} to 5, found {text[:20]!r}.")
+    return score
+
+
+def _read_lines(folder: Path, name: str, hashes: dict[str, str]) -> list[str]:
+    """The lines of a UTF-8 file. Only a line feed ends a line: `str.splitlines` would also cut at U+0085 and others."""
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"{path}: expected this file, and it is not there.")
+    content = path.read_bytes()
+    hashes[name] = hashlib.sha256(content).hexdigest()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: expected UTF-8, found the byte 0x{error.object[error.start]:02x}.") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -1,0 +1,160 @@
+"""One archive from the Hugging Face hub: asked for once, checked by its hash, unpacked safely, and whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfFileMetadata, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.utils import WeakFileLock
+
+# Seconds until a hub that does not answer counts as unreachable.
+HUB_TIMEOUT = 8.0
+
+# Any of these set to a true value means that the hub is not asked; the last one is set by the runner (see `find_source`).
+OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TP_HUB_UNREACHABLE")
+
+# Endpoints that did not answer, and how: each is asked once per process, whatever is wanted from it.
+_unreachable: dict[str, str] = {}
+
+
+class DownloadError(OSError):
+    """A file could not be had from the hub, or not be trusted; the message says why, in one line."""
+
+
+def fetch_archive(repo: str, filename: str, target: Path, holds: str) -> None:
+    """Download a tar file of a dataset repository and unpack it, so that `target` holds the folder `holds`.
+
+    The tar file is kept beside `target` until it is unpacked. Another process that wants the same waits for this one.
+    Raises `DownloadError`, whatever went wrong.
+    """
+    stated = ask_hub(repo, filename)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(target.parent / f".{target.name}.lock"):
+            if target.is_dir():
+                return
+            archive = _download(repo, filename, target.parent, stated)
+            unpack(archive, target, holds)
+            archive.unlink()
+    except DownloadError:
+        raise
+    except Exception as error:  # network, disk, archive: all of it is a reason to state, none of it to stop a notebook
+        raise DownloadError(_reason(error, f"{repo}/{filename}")) from error
+
+
+def ask_hub(repo: str, filename: str) -> HfFileMetadata:
+    """What the hub states about a file (`etag`: the SHA-256 of a large one).
+
+    Raises `DownloadError`, within `HUB_TIMEOUT` seconds if nobody answers.
+    """
+    switch = next((name for name in OFFLINE_SWITCHES if _is_true(os.environ.get(name, ""))), None)
+    if switch:
+        raise DownloadError(f"not asked, because {switch} is set")
+    endpoint = _endpoint()
+    if endpoint in _unreachable:
+        raise DownloadError(_unreachable[endpoint])
+    url = hf_hub_url(repo, filename, repo_type="dataset", endpoint=endpoint)
+    try:
+        # No token: the file is public, and an expired one would be refused.
+        options = {"token": False, "timeout": HUB_TIMEOUT + 1, "endpoint": endpoint}
+        return _within(HUB_TIMEOUT, lambda: get_hf_file_metadata(url, **options))
+    except Exception as error:
+        reason = _reason(error, f"{repo}/{filename}")
+        if not hasattr(error, "response"):
+            _unreachable[endpoint] = reason
+        raise DownloadError(reason) from error
+
+
+def forget_hub() -> None:
+    """Forget which endpoints did not answer, so that they are asked again."""
+    _unreachable.clear()
+
+
+def unpack(archive: Path, target: Path, holds: str) -> None:
+    """Unpack a tar file; what contains its folder `holds` becomes `target`, which appears only when it is complete.
+
+    Raises `DownloadError` before anything is written if a member is absolute, climbs out (`..`), or is not a plain file
+    or folder; also if there is no folder `holds`.
+    """
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        with tarfile.open(archive) as tar:
+            members = tar.getmembers()
+            for member in members:
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                    raise DownloadError(f"{archive.name} holds the unsafe member {member.name!r}; nothing was unpacked")
+            tar.extractall(temporary, members, filter="data")
+        folder = next((path.parent for path in sorted(temporary.rglob(holds)) if path.is_dir()), None)
+        if folder is None:
+            raise DownloadError(f"{archive.name} has no folder {holds!r}")
+        folder.chmod(0o755)  # a temporary folder is its owner's alone
+        folder.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download(repo: str, filename: str, folder: Path, stated: HfFileMetadata) -> Path:
+    """The file in `folder`, if it is what the hub stated. A file with another hash is deleted."""
+    if not re.fullmatch("[0-9a-f]{64}", stated.etag or ""):
+        raise DownloadError(f"the hub states no SHA-256 for {filename}")
+    path = Path(
+        hf_hub_download(
+            repo, filename, repo_type="dataset", revision=stated.commit_hash, local_dir=folder,
+            endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT, token=False,
+        )
+    )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != stated.etag:
+        path.unlink()
+        raise DownloadError(f"{filename} was damaged on the way and deleted: SHA-256 {found}, the hub states {stated.etag}")
+    return path
+
+
+def _within(seconds: float, call: Callable):
+    """`call()`, or `TimeoutError` after so many seconds.
+
+    A thread, because the timeout of a connection holds for each address of a host anew, and for none of the name look-up.
+    """
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
+
+
+def _reason(error: Exception, wanted: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"{_endpoint()} answered HTTP {status} for {wanted}"
+    if isinstance(error, TimeoutError):
+        return f"{_endpoint()} did not answer within {HUB_TIMEOUT:g} seconds"
+    lines = str(error).splitlines() or [""]
+    return f"{wanted} could not be fetched from {_endpoint()}: {type(error).__name__}: {lines[0]}"
+
+
+def _endpoint() -> str:
+    """Read at every call: huggingface_hub itself reads HF_ENDPOINT only when it is imported."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _is_true(value: str) -> bool:
+    """Truth as huggingface_hub reads it from the environment."""
+    return value.upper() in ("1", "ON", "YES", "TRUE")

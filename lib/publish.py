@@ -1,0 +1,47 @@
+"""Turn an executed notebook into the copy that is committed: results kept, everything that differs between runs removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+
+from lib.store import ROOT, write_atomically
+
+KEPT_CELL_METADATA = ("tags",)
+DROPPED_MIMETYPES = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
+
+
+def publish(executed: Path, target: Path) -> None:
+    """Write `target` from an executed copy: no timings, machine paths, widget state, progress bars or papermill metadata.
+
+    Raises `ValueError` if the copy holds an error output.
+    """
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata = nbformat.from_dict({
+        key: notebook.metadata[key] for key in ("kernelspec",) if key in notebook.metadata
+    } | {"language_info": {"name": "python"}})
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({k: cell.metadata[k] for k in KEPT_CELL_METADATA if cell.metadata.get(k)})
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            cell.outputs = [clean_output(o, count, executed) for o in cell.outputs if o.get("name") != "stderr"]
+    write_atomically(target, (nbformat.writes(notebook) + "\n").encode())
+
+
+def clean_output(output, count: int, path: Path):
+    """An output without its own execution count, widget views and the project's absolute path."""
+    if output.output_type == "error":
+        raise ValueError(f"{path} holds an error ({output.ename}: {output.evalue}); it is not published.")
+    if "execution_count" in output:
+        output.execution_count = count
+    if "data" in output:
+        output.data = nbformat.from_dict({k: v for k, v in output.data.items() if k not in DROPPED_MIMETYPES})
+        output.metadata = nbformat.from_dict({})
+    for holder, key in ((output, "text"), (output.get("data", {}), "text/plain"), (output.get("data", {}), "text/html")):
+        if isinstance(holder.get(key), str):
+            holder[key] = holder[key].replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    return output

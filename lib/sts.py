@@ -1,0 +1,151 @@
+"""Semantic textual similarity, scored as SentEval does, with paired bootstrap intervals for differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy.stats import spearmanr
+
+from lib.data import load_sts
+from lib.encoder import SentenceEncoder
+
+ALL = "all"
+AVERAGE = "Avg"
+
+
+def evaluate_sts(encoder: SentenceEncoder, tasks: Iterable[str], split: str = "test") -> pd.DataFrame:
+    """Scores of an encoder at its exit layer; the columns are those of `sts_scores`."""
+    return sts_scores(sts_pairs(encoder, {task: load_sts(task, split) for task in tasks}))
+
+
+def sts_pairs(encoder: SentenceEncoder, data: dict[str, Dataset], layers: Iterable[int] | None = None) -> pd.DataFrame:
+    """Cosine similarity of every pair at each layer (default: the exit layer), all from one pass.
+
+    Args:
+        data: task -> data set with columns subset, sentence1, sentence2, score.
+        layers: in Hugging Face's numbering, -1 for the last; they come back as 0..num_layers.
+
+    Returns:
+        One row per pair and layer: task, subset, pair (its place in the data set), gold, layer, similarity.
+    """
+    layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
+    sides = [list(dataset[column]) for column in ("sentence1", "sentence2") for dataset in data.values()]
+    states = encoder.encode_layers([s for side in sides for s in side], dict.fromkeys(layers))
+    frame = pd.concat(
+        pd.DataFrame({"task": task, "subset": dataset["subset"], "pair": range(len(dataset)), "gold": dataset["score"]})
+        for task, dataset in data.items()
+    )
+    tables = []
+    for layer, embeddings in states.items():
+        first, second = np.split(embeddings, 2)
+        tables.append(frame.assign(layer=layer, similarity=cosine(first, second)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the rows of two arrays (pairs, hidden); 0 where a row is all zeros."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(axis=1) / np.maximum(norms, 1e-12)
+
+
+def sts_scores(pairs: pd.DataFrame) -> pd.DataFrame:
+    """SentEval's score of each task and subset: Spearman's rho x 100 of similarity against gold.
+
+    Subset `"all"` is one correlation over all pairs of the task together (SentEval's "all", which the papers report),
+    not the mean over subsets. Task `"Avg"` is the mean of the tasks' `"all"` scores.
+
+    Returns:
+        Columns layer, task, subset, score, pairs.
+    """
+    rows = []
+    for layer, of_layer in pairs.groupby("layer", sort=False):
+        for task, of_task in of_layer.groupby("task", sort=False):
+            groups = [(ALL, of_task), *of_task.groupby("subset", sort=False)]
+            rows += [(layer, task, subset, spearman(g["gold"], g["similarity"]), len(g)) for subset, g in groups]
+    scores = pd.DataFrame(rows, columns=["layer", "task", "subset", "score", "pairs"])
+    whole = scores[scores["subset"] == ALL].groupby("layer", sort=False)
+    average = whole.agg(score=("score", "mean"), pairs=("pairs", "sum")).reset_index()
+    return pd.concat([scores, average.assign(task=AVERAGE, subset=ALL)], ignore_index=True)
+
+
+def spearman(gold, similarity) -> float:
+    """Spearman's rank correlation x 100 (ties get their mean rank)."""
+    return 100 * float(spearmanr(gold, similarity).statistic)
+
+
+def bootstrap_spearman(
+    gold: np.ndarray, similarities: np.ndarray, draws: int = 10_000, seed: int = 0, chunk: int = 250
+) -> np.ndarray:
+    """Spearman x 100 of several methods on the same resampled pairs.
+
+    A resample is how often each pair was drawn, and its ranks follow from running sums of those counts over the values
+    in sorted order. So nothing is sorted again, and thousands of resamples are a few array operations.
+
+    Args:
+        gold: (pairs,). similarities: (methods, pairs).
+
+    Returns:
+        float64 (draws, methods). Take differences of its columns for a paired comparison.
+    """
+    generator = np.random.default_rng(seed)
+    values = [np.asarray(v, np.float64) for v in (gold, *similarities)]
+    count, orders = len(gold), [_tie_groups(v) for v in values]
+    result = np.empty((draws, len(similarities)))
+    for begin in range(0, draws, chunk):
+        size = min(chunk, draws - begin)
+        drawn = generator.integers(0, count, (size, count)) + np.arange(size)[:, None] * count
+        weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
+        ranks = [_resampled_ranks(weights, *order) - (count + 1) / 2 for order in orders]
+        spread = [np.einsum("dn,dn,dn->d", weights, r, r) for r in ranks]
+        for k, (r, s) in enumerate(zip(ranks[1:], spread[1:])):
+            joint = np.einsum("dn,dn,dn->d", weights, ranks[0], r)
+            result[begin : begin + size, k] = 100 * joint / np.sqrt(spread[0] * s)
+    return result
+
+
+def _tie_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sorting order, where each group of equal values starts in it, and each value's group."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    order, starts = np.argsort(values, kind="stable"), np.cumsum(sizes) - sizes
+    return order, starts, group
+
+
+def _resampled_ranks(weights: np.ndarray, order: np.ndarray, starts: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Mean rank of each value in each resample, (draws, pairs); `weights` says how often each pair was drawn."""
+    drawn = np.add.reduceat(weights[:, order], starts, axis=1)
+    return (np.cumsum(drawn, axis=1) - drawn / 2 + 0.5)[:, group]
+
+
+def difference_interval(
+    ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
+    """Score of `ours` minus `base` per task and on average, with a paired bootstrap interval over sentence pairs.
+
+    Args:
+        ours, base: tables from `sts_pairs`, one layer each, over the same pairs in the same order.
+
+    Returns:
+        Columns task, difference, low, high: percentiles of the resampled differences at the given level.
+
+    Raises:
+        ValueError: the two tables hold different pairs.
+    """
+    keys = ["task", "subset", "pair", "gold"]
+    if not ours[keys].reset_index(drop=True).equals(base[keys].reset_index(drop=True)):
+        raise ValueError("The two tables do not hold the same pairs in the same order.")
+    rows, all_draws = [], []
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    base_similarity = base["similarity"].to_numpy()
+    for task, index in ours.reset_index(drop=True).groupby("task", sort=False).indices.items():
+        gold = ours["gold"].to_numpy()[index]
+        both = np.stack([ours["similarity"].to_numpy()[index], base_similarity[index]])
+        resampled = bootstrap_spearman(gold, both, draws, seed)
+        all_draws.append(resampled[:, 0] - resampled[:, 1])
+        rows.append((task, spearman(gold, both[0]) - spearman(gold, both[1]), *np.percentile(all_draws[-1], tails)))
+    mean = np.mean(all_draws, axis=0)
+    rows.append((AVERAGE, float(np.mean([row[1] for row in rows])), *np.percentile(mean, tails)))
+    return pd.DataFrame(rows, columns=["task", "difference", "low", "high"])

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Regenerates every table and figure: creates the environment if needed, then runs the notebooks with papermill.
+# ./run_all.sh --help lists the options.
+set -euo pipefail
+cd "$(dirname "$0")"
+source lib/environment.sh
+ensure_environment
+exec "$PYTHON" -m lib.run "$@"

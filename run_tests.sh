@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests: unit tests, the smoke profile through every notebook and, where TP_DATA_DIR names the real data, a few
+# checks on it. Arguments go to pytest: ./run_tests.sh -k sts
+set -euo pipefail
+cd "$(dirname "$0")"
+source lib/environment.sh
+ensure_environment
+exec "$PYTHON" -m pytest "$@"

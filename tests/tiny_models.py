@@ -1,0 +1,248 @@
+"""Random models of many families and the reference they are tested against: a plain loop over the blocks, no hooks.
+
+The models are built from their configurations, so nothing is downloaded. Their weights are drawn wide enough that
+attention is far from uniform; with the libraries' own small initial weights hardly any mistake would show.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as token_models
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lib.models import Backbone
+from lib.prompts import PLACEHOLDER, PROMPTS
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCABULARY = 400
+# A row of every model's embedding matrix that no tokenizer below reaches: the reference puts the placeholder there.
+SPARE_TOKEN = VOCABULARY + 8
+ROWS = VOCABULARY + 16
+LAYERS = 4
+HIDDEN = 32
+WINDOW = 12
+# Largest difference allowed, as a part of the largest value. Rounding reaches 3e-6 here.
+TOLERANCE = 2e-5
+
+_IDS = {"bos_token_id": 0, "eos_token_id": 1}
+_COMMON = {**_IDS, "pad_token_id": 2, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_LLAMA = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
+_GPT2 = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
+_OPT = {**_COMMON, "ffn_dim": 48, "max_position_embeddings": 256, "dropout": 0.0}
+_ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+# family -> (model type of Transformers, configuration). The sliding windows are shorter than every prompt.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", _LLAMA),
+    "mistral": ("mistral", {**_LLAMA, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", {**_LLAMA, "head_dim": 8}),
+    "gemma": ("gemma", {**_LLAMA, "head_dim": 8}),
+    "gemma2": ("gemma2", {
+        **_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING, "attn_implementation": "eager",
+        "query_pre_attn_scalar": 8,
+    }),
+    "gemma3": ("gemma3_text", {**_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "phi": ("phi", {**_LLAMA, "num_key_value_heads": 4}),
+    "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt_neo": ("gpt_neo", {
+        **_IDS, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4, "max_position_embeddings": 256,
+        "window_size": WINDOW, "attention_types": [[["global", "local"], LAYERS // 2]],
+    }),
+    "gptj": ("gptj", {**_GPT2, "rotary_dim": 4}),
+    "gpt_neox": ("gpt_neox", {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 256}),
+    "opt": ("opt", {**_OPT, "word_embed_proj_dim": HIDDEN}),
+    # OPT-350m alone in its family has no final norm, and embeddings narrower than its hidden states.
+    "opt_narrow": ("opt", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "falcon": ("falcon", {**_COMMON, "alibi": False}),
+    "falcon_alibi": ("falcon", {**_COMMON, "alibi": True}),
+    "bloom": ("bloom", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
+    "olmo2": ("olmo2", _LLAMA),
+    "stablelm": ("stablelm", _LLAMA),
+    "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
+}
+
+_CORPUS = [
+    "A man is playing a large flute on the street .",
+    "Three children, who are cold, run across the snowy field!",
+    "What does the woman say about the old house? \"Nothing at all.\"",
+    "The stock market fell by 3.5 percent on Tuesday, analysts said.",
+    "It's the dog's bone; it isn't the cat's.",
+    *(template.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for template in prompt.templates),
+]
+
+
+@functools.cache
+def _trained(kind: str) -> str:
+    """The JSON of a byte-level (as GPT-2, Llama 3, Qwen) or a metaspace (as Llama 2, Gemma) BPE tokenizer."""
+    if kind == "metaspace":
+        core = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special, alphabet = [BOS, EOS, PAD, "<unk>", *(f"<0x{i:02X}>" for i in range(256))], []
+    else:
+        core = Tokenizer(token_models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        special, alphabet = [BOS, EOS, PAD], pre_tokenizers.ByteLevel.alphabet()
+    # Without pre-tokenisation whole sentences would become tokens, so the metaspace kind is trained on words.
+    corpus = _CORPUS if kind != "metaspace" else [word for text in _CORPUS for word in text.split()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(corpus, trainer)
+    return core.to_str()
+
+
+def build_tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:
+    """An offline tokenizer: `"bytes"`, `"bytes_bos"` (puts <s> before every text) or `"metaspace"` (the same)."""
+    core = Tokenizer.from_str(_trained(kind.removesuffix("_bos")))
+    if kind != "bytes":
+        core.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+@functools.cache
+def tiny_backbone(family: str = "llama", tokenizer: str = "bytes") -> Backbone:
+    """A random model of a family, float32, the same in every run. Shared by all tests: nothing may change it."""
+    kind, options = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **options), dtype=torch.float32)
+    randomise(model)
+    return Backbone.from_model(model, build_tokenizer(tokenizer), name=f"tiny-{family}")
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Seeded weights with a gain near one, so that every part of a block has its say."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:  # norms and biases
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise if parameter is embeddings else noise * 1.5 * parameter.shape[-1] ** -0.5)
+
+
+class Recorder(nn.Module):
+    """Stands in a model's list of blocks for one block, and keeps what it was called with besides the states."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)  # some models ask a block which kind of attention it has
+
+    def forward(self, states, *args, **kwargs):
+        self.call = args, kwargs
+        return self.block(states, *args, **kwargs)
+
+
+@functools.lru_cache(maxsize=2)
+def _copy(model: nn.Module) -> nn.Module:
+    """A model of its own for the reference, so that it can put the placeholder into the embedding matrix."""
+    return copy.deepcopy(model)
+
+
+@torch.inference_mode()
+def loop_states(
+    backbone: Backbone, ids: list[int], writes=(), vector: torch.Tensor | None = None, check: bool = False
+) -> list[torch.Tensor]:
+    """All states of one unpadded prompt, by a loop over the blocks: `num_layers + 1` tensors (tokens, hidden).
+
+    Args:
+        ids: token ids; `SPARE_TOKEN` where a placeholder stands.
+        writes: (start, end, positions of the placeholders) of each TP setting that is active.
+        vector: the row of the embedding matrix that a placeholder token has. Without it the row is not a number.
+        check: also compare the states with those of the model's own `output_hidden_states` (only without `writes`).
+    """
+    model = _copy(backbone.model)
+    base, tokens = model.base_model, torch.tensor([ids])
+    model.get_input_embeddings().weight[SPARE_TOKEN] = torch.nan if vector is None else vector
+    holder = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.num_layers)
+    blocks, first = list(holder), {}
+    for i, block in enumerate(blocks):
+        holder[i] = Recorder(block)
+    handle = holder[0].register_forward_pre_hook(lambda _, args: first.update(states=args[0].clone()))
+    plain = base(input_ids=tokens, use_cache=False)
+    handle.remove()
+    calls = [recorder.call for recorder in holder]
+    for i, block in enumerate(blocks):
+        holder[i] = block
+
+    states, h = [], first["states"]
+    for i, (block, (args, kwargs)) in enumerate(zip(blocks, calls)):
+        for start, end, positions in writes:
+            if start <= i < end:
+                h = h.clone()
+                for position in positions:
+                    h[:, position] = h[:, -1]
+        states.append(h[0])
+        output = block(h, *args, **kwargs)
+        h = output[0] if isinstance(output, tuple) else output
+    states.append(_after_last_block(base, h)[0])
+    if check:
+        expected = base(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+        assert len(expected) == len(states) and not writes
+        for ours, theirs in zip(states, expected):
+            torch.testing.assert_close(ours, theirs[0], rtol=0, atol=0)
+        torch.testing.assert_close(states[-1], plain.last_hidden_state[0], rtol=0, atol=0)
+    return states
+
+
+def _after_last_block(base: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """What the families do between their last block and the unembedding, written out by name."""
+    parts = dict(base.named_modules())
+    for name in ("norm", "final_layernorm", "ln_f", "final_layer_norm", "decoder.final_layer_norm", "decoder.project_out"):
+        if parts.get(name) is not None:
+            h = parts[name](h)
+    return h
+
+
+def official_ids(tokenizer, text: str) -> list[int]:
+    """Token ids from a tokenizer to which the placeholder was added as a token, as the official code does it.
+
+    The placeholder's own id is replaced by `SPARE_TOKEN`.
+    """
+    official, placeholder = _official(tokenizer)
+    return [SPARE_TOKEN if token == placeholder else token for token in official(text)["input_ids"]]
+
+
+@functools.lru_cache(maxsize=64)
+def _official(tokenizer):
+    official = copy.deepcopy(tokenizer)
+    official.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
+    return official, official.convert_tokens_to_ids(PLACEHOLDER)
+
+
+def hook_ids(model: nn.Module) -> dict[str, tuple]:
+    """The ids of all hooks in a model, by module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return {name: tuple(tuple(getattr(m, kind, ())) for kind in kinds) for name, m in model.named_modules()}
+
+
+def cosines(a, b) -> torch.Tensor:
+    """Cosine of each pair of rows, in float64."""
+    a, b = (torch.as_tensor(x).double().reshape(-1, x.shape[-1]) for x in (a, b))
+    return torch.nn.functional.cosine_similarity(a, b, dim=1)
+
+
+def assert_same(actual, expected, what: str = "") -> None:
+    """Equal but for float32 rounding: cosine >= 0.99999 in every row, no element off by `TOLERANCE` of the largest."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    low = cosines(actual, expected).min().item()
+    off = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert low >= 0.99999 and off < TOLERANCE, f"{what}: cosine {low:.7f}, largest difference {off:.1e} of the largest value"
