@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfFileMetadata, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import WeakFileLock
 
 # Seconds until a hub that does not answer counts as unreachable.
@@ -152,7 +152,7 @@ def _reason(error: Exception, wanted: str) -> str:
 
 def _endpoint() -> str:
     """Read at every call: huggingface_hub itself reads HF_ENDPOINT only when it is imported."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def _is_true(value: str) -> bool:

@@ -92,7 +92,7 @@ class SentenceEncoder:
             float32 (sentences, hidden), or (hidden,) for one string.
 
         Raises:
-            ValueError: the list is empty. TypeError: an item is not a string.
+            ValueError: the list is empty, or the batch size below 1. TypeError: an item is not a string.
         """
         single = isinstance(sentences, str)
         states = self.encode_layers([sentences] if single else sentences, [self.exit_layer], batch_size, show_progress_bar)
@@ -114,8 +114,9 @@ class SentenceEncoder:
 
         The keys are the layers as given (a -1 stays -1). Arguments and errors as in `encode`.
         """
-        sentences = list(sentences)
-        _check(sentences)
+        sentences = _checked(sentences)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (or None), got {batch_size}.")
         index = {layer: self.backbone.layer_index(layer) for layer in layers}
         texts = [self.prompt.prepare(sentence) for sentence in sentences]
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -237,9 +238,13 @@ def token_batches(lengths: list[int], budget: int, batch_size: int | None = None
     return batches
 
 
-def _check(sentences: list) -> None:
+def _checked(sentences: Iterable[str]) -> list[str]:
+    if isinstance(sentences, str):
+        raise TypeError("Expected a list of sentences, got one string; encode takes a single string.")
+    sentences = list(sentences)
     if not sentences:
         raise ValueError("There is nothing to encode: the list of sentences is empty.")
     for i, sentence in enumerate(sentences):
         if not isinstance(sentence, str):
             raise TypeError(f"Sentence {i} is {type(sentence).__name__}, not a string: {sentence!r:.60}")
+    return sentences

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
-from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -65,18 +64,17 @@ def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], 
             "settings": settings,
             "environment": environment(),
             "seconds": round(time.perf_counter() - begin, 2),
-            "value": value.to_json(orient="split", double_precision=15, index=False),
+            "value": value.reset_index(drop=True).to_dict(orient="split", index=False),
         }
         payload = json.dumps(stored, default=str)
+        stored = json.loads(payload)  # so that a computed and a reused result are the same to the last digit
         content = {"sha256": hashlib.sha256(payload.encode()).hexdigest(), "payload": payload}
         write_atomically(path, json.dumps(content).encode())
         reused = False
     else:
         reused = True
     _log(name, reused)
-    # Both ways through JSON, so that a computed and a reused result are the same to the last digit.
-    value = pd.read_json(StringIO(stored["value"]), orient="split", precise_float=True, dtype=False, convert_dates=False)
-    return Result(value, {key: stored[key] for key in ("settings", "environment", "seconds")}, reused)
+    return Result(pd.DataFrame(**stored["value"]), {key: stored[key] for key in ("settings", "environment", "seconds")}, reused)
 
 
 def _read(path: Path) -> dict | None:
@@ -171,7 +169,7 @@ def compare_with_paper(ours: pd.DataFrame, table: str, model: str, sample: bool,
     """
     published = read_paper(table)
     published = published.assign(tp=published["tp"].astype(str).str.lower() == "true")
-    published = published[published["variant"] == ""].rename(columns={"value": "paper"})
+    published = published[published["variant"] == ""].drop(columns="paper").rename(columns={"value": "paper"})
     merged = published.merge(ours.rename(columns={"value": "ours"}), on=["method", "tp", "task"], how="left")
     merged["difference"] = merged["ours"] - merged["paper"]
 

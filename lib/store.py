@@ -98,3 +98,7 @@ class _Rows:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+# Where the notebooks keep embeddings.
+STORE = EmbeddingStore(ROOT / "data" / "cache" / "embeddings")

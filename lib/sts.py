@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,8 +10,9 @@ import pandas as pd
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from lib.data import load_sts
+from lib.data import load_sts, provenance
 from lib.encoder import SentenceEncoder
+from lib.results import Result, run_or_load
 
 ALL = "all"
 AVERAGE = "Avg"
@@ -43,6 +45,13 @@ def sts_pairs(encoder: SentenceEncoder, data: dict[str, Dataset], layers: Iterab
         first, second = np.split(embeddings, 2)
         tables.append(frame.assign(layer=layer, similarity=cosine(first, second)))
     return pd.concat(tables, ignore_index=True)
+
+
+def stored_pairs(encoder: SentenceEncoder, data: dict[str, Dataset], layers: Iterable[int] | None = None) -> Result:
+    """`sts_pairs` through the result store, with the provenance of encoder and data."""
+    layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
+    settings = encoder.describe() | {"layers": layers, "data": {task: provenance(d) for task, d in data.items()}}
+    return run_or_load(f"sts-{encoder.prompt.name}", settings, lambda: sts_pairs(encoder, data, layers), code=("sts",))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -149,3 +158,29 @@ def difference_interval(
     mean = np.mean(all_draws, axis=0)
     rows.append((AVERAGE, float(np.mean([row[1] for row in rows])), *np.percentile(mean, tails)))
     return pd.DataFrame(rows, columns=["task", "difference", "low", "high"])
+
+
+def stored_effects(ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0) -> Result:
+    """`difference_interval` through the result store; the two tables themselves are part of the settings."""
+    tables = [hashlib.sha256(t.to_json(double_precision=15).encode()).hexdigest() for t in (ours, base)]
+    settings = {"tables": tables, "draws": draws, "seed": seed}
+    return run_or_load("sts-effect", settings, lambda: difference_interval(ours, base, draws, seed), code=("sts",))
+
+
+def score_table(runs: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """(prompt, variant) -> pairs of one layer, as one wide table: prompt, variant, layer, a column per task, Avg."""
+    rows = []
+    for (prompt, variant), pairs in runs.items():
+        scores = sts_scores(pairs)
+        scores = scores[scores["subset"] == ALL].set_index("task")["score"]
+        rows.append({"prompt": prompt, "variant": variant, "layer": pairs["layer"].iloc[0], **scores})
+    return pd.DataFrame(rows)
+
+
+def describe_effects(effects: pd.DataFrame) -> str:
+    """One sentence about differences with intervals; columns prompt, difference, low, high."""
+    better = effects["low"] > 0
+    worse = effects["high"] < 0
+    groups = {"better": better, "worse": worse, "no different as far as these pairs can tell": ~better & ~worse}
+    parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
+    return f"With TP the average is {'; '.join(parts)}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
@@ -98,7 +99,9 @@ def _trained(kind: str) -> str:
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(corpus, trainer)
-    return core.to_str()
+    trained = json.loads(core.to_str())  # the bytes need a place in the vocabulary, but are ordinary tokens
+    trained["added_tokens"] = [token for token in trained["added_tokens"] if not token["content"].startswith("<0x")]
+    return json.dumps(trained)
 
 
 def build_tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:
