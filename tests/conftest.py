@@ -1,16 +1,26 @@
 """Fixtures that several test files use."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 
+@contextmanager
+def threads(count: int):
+    """Run with so many threads. Handing small products to several costs more than it saves, most on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
-    """Tiny models run on one thread: handing their small products to several costs far more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +29,7 @@ def smollm2():
     from lib.models import ModelNotFoundError, load_backbone
 
     try:
-        return load_backbone("smollm2", dtype="float32", device="cpu")
+        with threads(1):
+            return load_backbone("smollm2", dtype="float32", device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(f"The embedded model is not here: {error}")

@@ -23,7 +23,7 @@ from tiny_models import (
     tiny_backbone,
 )
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lib.forward
 import lib.tokens
@@ -363,3 +363,13 @@ def test_models_whose_norm_is_not_their_last_step_are_refused():
     model.model.register_forward_hook(scale)
     with pytest.raises(UnsupportedModelError, match="not its last step"):
         Backbone.from_model(model, build_tokenizer())
+
+
+def test_models_whose_head_cannot_be_left_away_are_refused():
+    """The text part of Llama 4 has no `base_model` of its own: what stands there is the model with its head."""
+    options = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48, intermediate_size_mlp=48)
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=ROWS, hidden_size=HIDDEN, num_hidden_layers=2, num_local_experts=2, **options
+    )
+    with pytest.raises(UnsupportedModelError, match="without its head gives .* which has no states"):
+        Backbone.from_model(AutoModelForCausalLM.from_config(config), build_tokenizer())

@@ -327,7 +327,7 @@ def test_every_place_and_count_equals_the_loop(kind, place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [PLACEHOLDER, f"a {PLACEHOLDER} b", f"<{PLACEHOLDER}>", BOS, f"x{BOS}</s> <pad>y", "{sentence}"])
+@pytest.mark.parametrize("text", ["<PST>", "a <PST> b", "<<PST>>", "<s>", "x<s></s> <pad>y", "{sentence}"])
 def test_text_that_spells_a_token_stays_text(text, kind):
     tokenizer = build_tokenizer(kind)
     template = PROMPTS["prompteol"].with_placeholder("before_quote")[0]
@@ -340,7 +340,8 @@ def test_text_that_spells_a_token_stays_text(text, kind):
             assert not special & {token for i, token in enumerate(row) if i != place and i >= begin}
             assert rows.placeholders[0] == place
             joined = tokenizer.decode(row[begin:place]) + "*" + tokenizer.decode(row[place + 1 :])
-            assert joined.replace(" ", "") == template.replace(PLACEHOLDER, "*").replace("{sentence}", sentence).replace(" ", "")
+            expected = template.replace(PLACEHOLDER, "*").replace("{sentence}", sentence)
+            assert joined.replace(" ", "") == expected.replace(" ", "")
 
 
 def test_a_sentence_that_spells_the_placeholder_equals_the_loop(backbone):

@@ -76,7 +76,7 @@ _CORPUS = [
     "What does the woman say about the old house? \"Nothing at all.\"",
     "The stock market fell by 3.5 percent on Tuesday, analysts said.",
     "It's the dog's bone; it isn't the cat's.",
-    *(template.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for template in prompt.templates),
+    *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates),
 ]
 
 
