@@ -21,7 +21,7 @@ POOLINGS = ("last", "mean", "weighted_mean")
 # Tokens in one batch: enough to keep the matrix units busy, few enough for the caches (CPU) and memory (GPU).
 BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
 
-# How many sentences are encoded between two writes to the store: what an interrupt can cost.
+# How many sentences are encoded together and then stored: what an interrupt can cost.
 CHUNK = 2048
 
 
@@ -93,6 +93,7 @@ class SentenceEncoder:
 
         Raises:
             ValueError: the list is empty, or the batch size below 1. TypeError: an item is not a string.
+            FloatingPointError: a state is not finite (float16 overflows in some models).
         """
         single = isinstance(sentences, str)
         states = self.encode_layers([sentences] if single else sentences, [self.exit_layer], batch_size, show_progress_bar)
@@ -131,10 +132,12 @@ class SentenceEncoder:
     def _templates(self) -> tuple[str, ...]:
         return self.prompt.with_placeholder(self.tp.place, self.tp.count) if self.tp else self.prompt.templates
 
-    def key(self, template: str, layer: int) -> str:
-        """Fingerprint of all that decides a template's embedding besides its text: CK finds what CoT and KE stored."""
+    def key(self, template: str, layer: int, texts: list[str]) -> str:
+        """Fingerprint of all that decides these embeddings. It has the template but not the prompt's name, so that CK finds
+        what CoT and KE stored, and all texts of the batch run, because in half precision neighbours decide the rounding.
+        """
         setting = {k: v for k, v in self.describe().items() if k not in ("prompt", "templates")}
-        return fingerprint(setting | {"template": template, "layer": layer, "code": ENCODER_CODE})
+        return fingerprint(setting | {"template": template, "layer": layer, "texts": texts, "code": ENCODER_CODE})
 
     def describe(self) -> dict:
         """The setting as plain data, for the provenance of a result."""
@@ -148,19 +151,30 @@ class SentenceEncoder:
         }
 
     def _encode_template(self, template: str, texts: list[str], layers: list[int], batch_size, show) -> dict[int, np.ndarray]:
-        """Embeddings of distinct, cleaned texts in one template, from the store as far as it has them."""
-        known = {n: self.store.load(self.key(template, n)) if self.store else {} for n in layers}
-        missing = sorted((t for t in texts if any(t not in rows for rows in known.values())), key=len, reverse=True)
-        show = len(missing) > 1000 if show is None else show
-        step = CHUNK if self.store else max(len(missing), 1)
-        with tqdm(total=len(missing), desc=self.prompt.name, unit="sentence", disable=not show, leave=False, mininterval=1) as bar:
-            for begin in range(0, len(missing), step):
-                chunk = missing[begin : begin + step]
-                for n, states in self._compute(template, chunk, layers, batch_size, bar).items():
-                    known[n].update(zip(chunk, states))
-                    if self.store:
-                        self.store.save(self.key(template, n), chunk, states)
-        return {n: np.stack([rows[text] for text in texts]) for n, rows in known.items()}
+        """Embeddings of distinct, cleaned texts in one template, chunk by chunk, from the store as far as it has them."""
+        # One order for one set of texts, the longest first: what is computed together never depends on what was asked first.
+        order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
+        states: dict[int, list[np.ndarray]] = {n: [] for n in layers}
+        show = len(texts) > 1000 if show is None else show
+        with tqdm(total=len(texts), desc=self.prompt.name, unit="sentence", disable=not show, leave=False, mininterval=1) as bar:
+            for begin in range(0, len(order), CHUNK):
+                chunk = [texts[i] for i in order[begin : begin + CHUNK]]
+                for n, rows in self._stored_or_computed(template, chunk, layers, batch_size, bar).items():
+                    states[n].append(rows)
+        back = np.argsort(order)
+        return {n: np.concatenate(rows)[back] for n, rows in states.items()}
+
+    def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar) -> dict[int, np.ndarray]:
+        """One chunk: all its layers from the store, or all of them computed together and stored."""
+        if self.store is None:
+            return self._compute(template, texts, layers, batch_size, bar)
+        keys = {n: self.key(template, n, texts) for n in layers}
+        states = {n: self.store.load(key) for n, key in keys.items()}
+        if any(rows is None for rows in states.values()):
+            states = self._compute(template, texts, layers, batch_size, bar)
+            for n, rows in states.items():
+                self.store.save(keys[n], rows)
+        return states
 
     def _compute(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict[int, np.ndarray]:
         """Run the model: layer -> float32 (texts, hidden)."""
@@ -178,6 +192,10 @@ class SentenceEncoder:
                 rows_of_layer = states.setdefault(n, np.empty((len(texts), pooled.shape[-1]), np.float32))
                 rows_of_layer[batch] = pooled.float().cpu().numpy()
             bar.update(len(batch))
+        if not all(np.isfinite(pooled).all() for pooled in states.values()):
+            raise FloatingPointError(
+                f"{self.backbone.name} gives infinite or undefined states in {self.backbone.dtype}; load it with dtype='float32'."
+            )
         return states
 
     @property

@@ -24,7 +24,7 @@ EMBEDDED_MODEL = "smollm2"
 TITLES = {EMBEDDED_MODEL: "SmolLM2-135M-Instruct"}
 
 # What the families of causal language models call the norm between the last block and the unembedding.
-FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -108,11 +108,12 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (first 16 hex digits) of name, revision, dtype and a sample of every parameter.
+        """SHA-256 (first 16 hex digits) of name, revision, dtype, the ids of a probe text and a sample of every parameter.
 
         The sample makes two models of one name with other weights (a fine-tuned folder, a random model) differ.
         """
-        digest = hashlib.sha256(repr((self.name, self.revision, str(self.dtype))).encode())
+        probe = self.tokenizer("A probe: \"caf\u00e9\", 12 o'clock.")["input_ids"]
+        digest = hashlib.sha256(repr((self.name, self.revision, str(self.dtype), probe)).encode())
         for key, tensor in self.model.state_dict().items():
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64]
@@ -262,7 +263,7 @@ def device_name(device: torch.device) -> str:
         info = Path("/proc/cpuinfo")
         lines = info.read_text().splitlines() if info.exists() else []
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-        return f"{model or platform.machine()} ({torch.get_num_threads()} threads)"
+        return model or platform.machine()
     return str(device)
 
 
@@ -275,7 +276,9 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map):
         options = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except UnsupportedModelError:
+        raise
+    except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"Cannot load {name!r}: {error}\n"
             "If it is a hub id: check the spelling and the network; a gated model (Llama, Gemma) needs its licence accepted "

@@ -41,7 +41,8 @@ class Prompt:
         name: as in `PROMPTS`.
         templates: each holds `{sentence}`; the embeddings of several templates are averaged.
         pooling: how the embedding is read: `"last"` token, `"mean"` or `"weighted_mean"` (weights 1, 2, 3, ...). The
-            means run over the tokens of the sentence's last occurrence.
+            means run from the first token of the sentence's last occurrence to the end of the prompt; with the bare
+            sentence as template, over all its tokens.
         clean: whether the papers' sentence cleaning is applied first.
         source: where the prompt comes from.
     """

@@ -47,57 +47,34 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class EmbeddingStore:
-    """Embeddings on disk, by content: `folder/<key>/<sha256 of the file>.npz`, each file a chunk of texts.
+    """Embeddings on disk, one file for each chunk of texts that was computed together: `folder/<key>.npy`.
 
-    The key is the fingerprint of all that decides an embedding besides its text (`SentenceEncoder.key`). A file whose
-    content does not match its name is reported, removed and computed again. Several processes may share a folder.
+    The key is the fingerprint of the texts and of all else that decides their embeddings (`SentenceEncoder.key`). The
+    SHA-256 of a file's content stands at its end, where `numpy.load` does not look; a file that does not match it is
+    reported and computed again. Several processes may share a folder.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
 
-    def load(self, key: str) -> _Rows:
-        """What is stored under `key`: a mapping from text to its embedding, float32 (hidden,)."""
-        rows = _Rows()
-        for path in sorted((self.folder / key).glob("*.npz")):
-            if not is_fresh(path):
-                continue
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest()[:32] != path.stem:
-                warnings.warn(f"{path} is damaged; removing it and computing its embeddings again.", stacklevel=2)
-                path.unlink(missing_ok=True)
-                continue
-            with np.load(io.BytesIO(content)) as arrays:
-                rows.by_digest.update(zip((d.tobytes() for d in arrays["texts"]), arrays["embeddings"]))
-        return rows
+    def load(self, key: str) -> np.ndarray | None:
+        """The embeddings stored under `key`, float32 (texts, hidden); None if there are none that can be trusted."""
+        path = self.folder / f"{key}.npy"
+        if not path.exists() or not is_fresh(path):
+            return None
+        whole = path.read_bytes()
+        content, checksum = whole[:-32], whole[-32:]
+        if hashlib.sha256(content).digest() != checksum:
+            warnings.warn(f"{path.name} is damaged; computing its embeddings again.", stacklevel=2)
+            return None
+        return np.load(io.BytesIO(content))
 
-    def save(self, key: str, texts: list[str], embeddings: np.ndarray) -> None:
-        """Add the embeddings (len(texts), hidden) of `texts`."""
+    def save(self, key: str, embeddings: np.ndarray) -> None:
+        """Store embeddings (texts, hidden) under `key`."""
         buffer = io.BytesIO()
-        digests = np.stack([np.frombuffer(_digest(text), np.uint8) for text in texts])
-        np.savez(buffer, texts=digests, embeddings=embeddings.astype(np.float32))
+        np.save(buffer, embeddings.astype(np.float32))
         content = buffer.getvalue()
-        write_atomically(self.folder / key / f"{hashlib.sha256(content).hexdigest()[:32]}.npz", content)
-
-
-class _Rows:
-    """text -> embedding, keyed by the text's digest so that the texts themselves need not be kept."""
-
-    def __init__(self):
-        self.by_digest: dict[bytes, np.ndarray] = {}
-
-    def __contains__(self, text: str) -> bool:
-        return _digest(text) in self.by_digest
-
-    def __getitem__(self, text: str) -> np.ndarray:
-        return self.by_digest[_digest(text)]
-
-    def update(self, items) -> None:
-        self.by_digest.update((_digest(text), row) for text, row in items)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+        write_atomically(self.folder / f"{key}.npy", content + hashlib.sha256(content).digest())
 
 
 # Where the notebooks keep embeddings.

@@ -473,16 +473,19 @@ def test_a_second_call_computes_nothing(backbone, count_passes, tmp_path):
     first = stored(backbone, tmp_path).encode_layers(SENTENCES, [2, -1])
     count_passes.clear()
     again = stored(backbone, tmp_path).encode_layers(SENTENCES[::-1], [2, -1])
-    one = stored(backbone, tmp_path, exit_layer=2).encode("No.")
+    one_layer = stored(backbone, tmp_path, exit_layer=2).encode(SENTENCES)
     assert not count_passes
     for layer in (2, -1):
         assert np.array_equal(first[layer], expected[layer])
         assert np.array_equal(again[layer], first[layer][::-1])
-    assert np.array_equal(one, first[2][2])
-    more = stored(backbone, tmp_path).encode([*SENTENCES, "Something new."])
-    assert [rows for rows, _ in count_passes] == [1]
-    assert np.array_equal(more[:-1], first[-1])
-    assert_same(more[-1], SentenceEncoder(backbone, "prompteol", TP).encode("Something new."))
+    assert np.array_equal(one_layer, first[2])
+
+
+def test_what_is_stored_does_not_decide_what_is_computed(backbone, tmp_path):
+    """Other neighbours in a batch mean other rounding: a call gives the same bits, whatever ran before it."""
+    stored(backbone, tmp_path).encode(SENTENCES[:3])
+    found = stored(backbone, tmp_path).encode(SENTENCES)
+    assert np.array_equal(found, stored(backbone, tmp_path / "empty").encode(SENTENCES))
 
 
 def test_a_layer_that_is_missing_is_computed(backbone, count_passes, tmp_path):
@@ -539,7 +542,7 @@ def test_other_weights_are_another_model(backbone, tmp_path):
 def test_a_damaged_file_is_noticed_and_computed_again(backbone, count_passes, tmp_path, damage, monkeypatch):
     monkeypatch.setattr(lib.encoder, "CHUNK", 3)
     first = stored(backbone, tmp_path).encode(SENTENCES)
-    files = sorted(tmp_path.rglob("*.npz"))
+    files = sorted(tmp_path.rglob("*.npy"))
     assert len(files) == 2  # six distinct sentences in chunks of three
     content = files[0].read_bytes()
     middle = len(content) // 2
@@ -572,7 +575,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(backbone, count_passes, tmp
         stored(backbone, tmp_path).encode_layers(SENTENCES, [2, -1])
     handle.remove()
     assert hook_ids(backbone.model) == hooks
-    assert len(list(tmp_path.rglob("*.npz"))) == 4  # two chunks, two layers
+    assert len(list(tmp_path.rglob("*.npy"))) == 4  # two chunks, two layers
     assert not list(tmp_path.rglob("*.tmp"))
     count_passes.clear()
     found = stored(backbone, tmp_path).encode_layers(SENTENCES, [2, -1])
@@ -600,13 +603,13 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(backbone, tmp_path, mon
 
 
 def test_stored_texts_may_hold_anything(backbone, count_passes, tmp_path):
-    odd = ["\ud800 lone surrogate", "\x00", "a\u2028b", "e\u0301", "\u00e9"]
-    store = EmbeddingStore(tmp_path)
-    rows = np.arange(len(odd) * 3, dtype=np.float32).reshape(-1, 3)
-    store.save("key", odd, rows)
-    known = store.load("key")
-    assert all(np.array_equal(known[text], row) for text, row in zip(odd, rows))
-    assert "something else" not in known and "x" not in store.load("other key")
+    odd = ["\x00", "a\u2028b", "e\u0301", "\u00e9"]
+    first = stored(backbone, tmp_path).encode(odd)
+    count_passes.clear()
+    assert np.array_equal(stored(backbone, tmp_path).encode(odd), first)
+    assert not count_passes
+    stored(backbone, tmp_path).encode(odd[:-1] + ["e"])
+    assert count_passes
 
 
 # The embedded model
@@ -666,3 +669,13 @@ def test_smollm2_scores_on_sts_b_are_those_of_the_official_code(smollm2):
 
     assert spearman("prompteol", None) == pytest.approx(63.44, abs=0.02)
     assert spearman("ke", TokenPrepending(1, 7)) == pytest.approx(68.37, abs=0.05)
+
+
+def test_states_that_are_not_finite_are_refused(backbone, tmp_path):
+    """As when float16 overflows; nothing of it may reach the store."""
+    handle = backbone.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * float("inf"), *args[1:]))
+    encoder = SentenceEncoder(backbone, exit_layer=3, store=EmbeddingStore(tmp_path))
+    with pytest.raises(FloatingPointError, match="float32"):
+        encoder.encode(SENTENCES)
+    handle.remove()
+    assert not list(tmp_path.rglob("*.npy"))
