@@ -74,7 +74,7 @@ def compare(backbone: Backbone, reference: Backbone, prompt: str, sentences: lis
             "sentences/s": len(sentences) / min(seconds[name]),
             "tokens": tokens["tokens"], "TFLOP": flops / 1e12,
             "share of matmul peak": speed / matmul_peak(model.dtype, model.device),
-            "peak MB": memory["bytes"] / 1e6, "lowest cosine": f"{cosine.min():.6f}",
+            "peak MB": memory["bytes"] / 1e6, "lowest cosine": f"1 - {max(0.0, 1 - cosine.min()):.0e}",
         })
     return pd.DataFrame(rows)
 
