@@ -9,7 +9,7 @@ import nbformat
 from lib.store import ROOT, write_atomically
 
 KEPT_CELL_METADATA = ("tags",)
-DROPPED_MIMETYPES = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def publish(executed: Path, target: Path) -> None:
@@ -28,18 +28,18 @@ def publish(executed: Path, target: Path) -> None:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
-            cell.outputs = [clean_output(o, count, executed) for o in cell.outputs if o.get("name") != "stderr"]
+            kept = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            cell.outputs = [clean_output(output, count, executed) for output in kept]
     write_atomically(target, (nbformat.writes(notebook) + "\n").encode())
 
 
 def clean_output(output, count: int, path: Path):
-    """An output without its own execution count, widget views and the project's absolute path."""
+    """An output without its own execution count and the project's absolute path."""
     if output.output_type == "error":
         raise ValueError(f"{path} holds an error ({output.ename}: {output.evalue}); it is not published.")
     if "execution_count" in output:
         output.execution_count = count
     if "data" in output:
-        output.data = nbformat.from_dict({k: v for k, v in output.data.items() if k not in DROPPED_MIMETYPES})
         output.metadata = nbformat.from_dict({})
     for holder, key in ((output, "text"), (output.get("data", {}), "text/plain"), (output.get("data", {}), "text/html")):
         if isinstance(holder.get(key), str):

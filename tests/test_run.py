@@ -84,6 +84,16 @@ def test_run_and_publish(project, capfd):
     assert "00_first" in capfd.readouterr().out
 
 
+def test_publish_drops_progress_bars(tmp_path):
+    bar = {"text/plain": "Loading: 0%", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    outputs = [nbformat.v4.new_output("display_data", data=bar), nbformat.v4.new_output("display_data", data={"text/plain": "kept"}),
+               nbformat.v4.new_output("stream", name="stderr", text="10%|#")]
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)]), tmp_path / "a.ipynb")
+    publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    [cell] = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    assert [output.data["text/plain"] for output in cell.outputs] == ["kept"]
+
+
 def test_publish_refuses_an_error(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
         "1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="", traceback=[])])])
