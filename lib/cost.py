@@ -1,42 +1,83 @@
-"""What a computation costs: seconds side by side, floating-point operations, memory, and the machine's own peak."""
+"""What a computation costs: seconds side by side, floating-point operations, tokens, memory, and the machine's own peak."""
 
 from __future__ import annotations
 
 import gc
-import statistics
-import threading
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 
-import psutil
+import numpy as np
+import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.forward import block_input
 from lib.models import Backbone
 
+# Square matrices large enough to reach the device's peak.
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 
-def measure(paths: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, list[float]]:
-    """Time several functions in turn, A B C A B C ..., so that a machine that slows down slows them all.
+PYTHON = "Python, between operations"
+# Where an operation's time is booked; what is not named here is "other".
+OPERATIONS = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),
+    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "softmax"),
+    "norms, activations, sums": (
+        "add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "mean", "sum", "silu", "gelu", "tanh", "sin",
+        "cos", "layer_norm", "native_layer_norm",
+    ),
+    "copies and indexing": (
+        "copy_", "_to_copy", "to", "clone", "contiguous", "cat", "index", "index_put_", "_index_put_impl_", "index_select",
+        "embedding", "fill_", "empty", "empty_strided", "empty_like", "repeat", "gather",
+    ),
+}
+GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names} | {PYTHON: PYTHON}
+OTHER = "other"
+
+
+def measure(paths: dict[Hashable, Callable[[], object]], rounds: int = 3) -> dict[Hashable, list[float]]:
+    """Time several functions in turn, A B C, C B A, A B C ..., so that a machine that slows down slows them all.
 
     Returns name -> seconds of each round. Compare medians as ratios; absolute seconds say little about another machine.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(rounds):
-        for name, run in paths.items():
+    seconds: dict[Hashable, list[float]] = {name: [] for name in paths}
+    for i in range(rounds):
+        for name in list(paths)[:: -1 if i % 2 else 1]:
             gc.collect()
             begin = time.perf_counter()
-            run()
+            paths[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
+def ratio_quartiles(seconds: list[float], reference: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile of seconds / reference, taken round by round."""
+    low, median, high = np.quantile(np.asarray(seconds) / np.asarray(reference), [0.25, 0.5, 0.75])
+    return float(median), float(low), float(high)
+
+
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """Median over rounds of reference / seconds: how many times faster than the reference, round by round."""
+    return ratio_quartiles(reference, seconds)[0]
+
+
+def _attention_flops(query, key, value, *_, out_shape=None, **__) -> int:
+    """Two products, every query with every key: where a kernel skips what a causal mask hides, it does about half."""
+    return 4 * math.prod(query) * key[-2]
+
+
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and attention in one call of `run`, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of the matrix products and attention in one call of `run`, as torch counts them.
+
+    torch's own list lacks the attention kernel of the CPU, so that one is counted here, as torch counts those of CUDA.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
         run()
     return counter.get_total_flops()
 
@@ -58,19 +99,20 @@ def count_tokens(backbone: Backbone):
 
 
 @torch.inference_mode()
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 12) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 12) -> float:
     """Operations per second of a square matrix product in `dtype`: what this machine can reach, the best of `repeats`."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = measure({"product": lambda: a @ b}, repeats)["product"]
     return 2 * size**3 / min(seconds[1:])
 
 
 @contextmanager
 def peak_memory(device: torch.device):
-    """Yields a dict; afterwards its `"bytes"` holds the peak memory beyond what was in use at the start.
+    """Yields a dict; afterwards its `"bytes"` holds the peak of torch's memory beyond what was in use at the start.
 
-    CUDA: the allocator's own account. Otherwise the process's resident memory, sampled every 5 ms.
+    It is the account of torch's own allocator, and so the same in every run. The process's resident memory would not
+    do: the allocator keeps what is freed, and a second run seems to need none.
     """
     result: dict[str, int] = {}
     gc.collect()
@@ -80,24 +122,29 @@ def peak_memory(device: torch.device):
         yield result
         result["bytes"] = torch.cuda.max_memory_allocated(device) - before
         return
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    samples = [before]
-
-    def sample():
-        while not done.wait(0.005):
-            samples.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         yield result
-    finally:
-        done.set()
-        thread.join()
-    result["bytes"] = max(*samples, process.memory_info().rss) - before
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    result["bytes"] = int(max(np.cumsum(changes), default=0))
 
 
-def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over rounds of reference / seconds: how many times faster than the reference, round by round."""
-    return statistics.median(r / s for s, r in zip(seconds, reference))
+def time_by_group(runs: dict[str, Callable[[], object]]) -> pd.DataFrame:
+    """Profile one call of each run: columns run, group (of `OPERATIONS`, `PYTHON` or `OTHER`), share of the CPU time."""
+    tables = []
+    for name, run in runs.items():
+        run()  # warm-up
+        with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler:
+            with record_function(PYTHON):  # its own time is what no operation in it accounts for
+                run()
+        events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+        tables.append(pd.DataFrame(group_times(events)).assign(run=name))
+    return pd.concat(tables, ignore_index=True)[["run", "group", "share"]]
+
+
+def group_times(events: dict[str, float]) -> list[dict]:
+    """Operation -> own time, as one row per group in a fixed order: group, share of the whole."""
+    times = dict.fromkeys([*OPERATIONS, PYTHON, OTHER], 0.0)
+    for operation, own in events.items():
+        times[GROUPS.get(operation, OTHER)] += own
+    return [{"group": group, "share": own / sum(times.values())} for group, own in times.items()]

@@ -1,73 +1,32 @@
-"""Where evaluation data comes from, and what is checked before a number is made from it.
+"""Evaluation data, checked before a number is made from it: STS pairs, subsets of rows, provenance.
 
-All data is found in one place, in one order: the folder in `$TP_DATA_DIR`, `data/downloads/`, the Hugging Face hub, and
-last the small sample sets that were written for this project. Row counts are those of SentEval (arXiv 1803.05449), as
-used by SimCSE and the Token Prepending paper. See `data/README.md`.
+Row counts are those of SentEval (arXiv 1803.05449), as used by SimCSE and the Token Prepending paper. What the notebooks
+need from `lib.sources` and `lib.transfer_data` can be imported from here.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetInfo, Features, Value
+from datasets import Dataset, Features, Value
 
-from lib.download import DownloadError, fetch_archive, forget_hub
-from lib.store import ROOT
+from lib.sources import DataError, DataSource, SampleDataWarning, find_source, forget_sources, make_dataset, read_lines
+from lib.transfer_data import TRANSFER_TASKS, load_transfer, transfer_tasks
 
-DATA = ROOT / "data"
+__all__ = [
+    "DataError", "DataSource", "SampleDataWarning", "find_source", "forget_sources",
+    "STS_TASKS", "load_sts", "sts_tasks", "TRANSFER_TASKS", "load_transfer", "transfer_tasks", "cap_rows", "provenance",
+]
 
 STS_TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
-TRANSFER_TASKS = ("MR", "CR", "SUBJ", "MPQA", "SST2", "TREC", "MRPC")
-
-# kind of data -> dataset repository and archive on the hub, and a folder that the data must hold
-ARCHIVES = {"senteval": ("princeton-nlp/datasets-for-simcse", "senteval.tar", "STS")}
-
-# kind of source -> what a caption and a provenance call it
-SOURCES = {
-    "folder": ("real data", "the folder in $TP_DATA_DIR"),
-    "downloads": ("real data", "data/downloads"),
-    "sample": ("sample data (written for this project)", "data/sample"),
-}
 
 STS_FEATURES = Features(
     {"subset": Value("string"), "sentence1": Value("string"), "sentence2": Value("string"), "score": Value("float64")}
 )
-
-
-class DataError(ValueError):
-    """A data file is missing, short or malformed; the message names the file, the line and what was expected."""
-
-
-class SampleDataWarning(UserWarning):
-    """No real data was found, so the sample stands in for it."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where data of one kind was found: `kind` is a key of `SOURCES`, `path` the folder that holds its files."""
-
-    kind: str
-    path: Path
-
-    @property
-    def is_sample(self) -> bool:
-        return self.kind == "sample"
-
-    @property
-    def label(self) -> str:
-        """For the captions of tables and figures."""
-        return SOURCES[self.kind][0]
-
-    def describe(self) -> dict:
-        """The source as plain data, for provenance: what kind of place it is, not where it lies on this machine."""
-        return {"kind": self.kind, "label": self.label, "where": SOURCES[self.kind][1]}
 
 
 @dataclass(frozen=True)
@@ -139,51 +98,6 @@ STS_FILES: dict[str, dict[str, tuple[PairFile, ...]]] = {
 }
 
 
-def find_source(kind: str = "senteval") -> DataSource:
-    """Where data of this kind (a key of `ARCHIVES`) comes from; searched once per process (see `forget_sources`).
-
-    Falls back to the sample with a `SampleDataWarning`. A program that starts several processes can call this first
-    and, where it got the sample, set TP_HUB_UNREACHABLE=1 for them, so that they don't each wait for the hub.
-
-    Raises:
-        ValueError: no such kind.
-        DataError: `$TP_DATA_DIR` is set and does not hold the data; nothing else is tried then.
-    """
-    if kind not in ARCHIVES:
-        raise ValueError(f"Unknown kind of data {kind!r}; choose from {', '.join(ARCHIVES)}.")
-    return _search(kind, os.environ.get("TP_DATA_DIR", ""))
-
-
-def forget_sources() -> None:
-    """Search again at the next call, and ask the hub again."""
-    _search.cache_clear()
-    forget_hub()
-
-
-@functools.cache
-def _search(kind: str, folder: str) -> DataSource:
-    repo, archive, holds = ARCHIVES[kind]
-    if folder:
-        path = Path(folder).expanduser() / kind
-        if not path.is_dir():
-            raise DataError(f"TP_DATA_DIR is {folder!r}, so the folder {path} was expected, with {holds}/ in it; not found.")
-        return DataSource("folder", path)
-    path = DATA / "downloads" / kind
-    try:
-        if not path.is_dir():
-            fetch_archive(repo, archive, path, holds)
-        return DataSource("downloads", path)
-    except DownloadError as error:
-        warnings.warn(
-            f"No real evaluation data ({kind}): the sample written for this project stands in for it, and its scores "
-            f"compare with no paper. Tried: TP_DATA_DIR (not set), data/downloads/{kind} (not there), the Hugging Face hub "
-            f"({error}). To get the real data, go online and start again, or see data/README.md.",
-            SampleDataWarning,
-            stacklevel=3,
-        )
-    return DataSource("sample", DATA / "sample")
-
-
 def sts_tasks(source: DataSource | None = None) -> tuple[str, ...]:
     """The STS tasks that a source really has: all seven, or the sample as the one task that it is."""
     source = source or find_source()
@@ -217,30 +131,35 @@ def load_sts(task: str, split: str = "test", source: DataSource | None = None) -
         raise DataError(f"The sample data has no split {split!r}, only {', '.join(STS_FILES[name])}.")
     hashes: dict[str, str] = {}
     rows = [row for file in STS_FILES[name][split] for row in _read_pairs(source.path, file, split, hashes)]
-    columns = {key: [row[key] for row in rows] for key in STS_FEATURES}
-    about = {"task": name, "split": split, "source": source.describe(), "rows_total": len(rows), "files": hashes, "caps": []}
-    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps(about), features=STS_FEATURES))
+    return make_dataset(rows, STS_FEATURES, source, hashes, task=name, split=split)
 
 
-def cap_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+def cap_rows(dataset: Dataset, count: int | None, seed: int, within: str | None = None) -> Dataset:
     """At most `count` rows, drawn without replacement by an own generator, in their original order; None means all.
 
-    What was drawn is added to the provenance. Raises `ValueError` if `count` is below 1.
+    With `within`, a column, at most `count` rows of each of its values; they are drawn value by value, in the order in
+    which the values first appear. What was drawn is added to the provenance. Raises `ValueError` if `count` is below 1.
     """
     if count is not None and count < 1:
         raise ValueError(f"A data set needs at least one row, got count={count}.")
     if count is None or count >= len(dataset):
         return dataset
-    chosen = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
-    capped = dataset.select(np.sort(chosen))
-    about = _about(dataset)
-    capped.info.description = json.dumps(about | {"caps": [*about["caps"], {"count": count, "seed": seed}]})
+    values = np.array(dataset[within][:]) if within else np.zeros(len(dataset))
+    groups = [np.flatnonzero(values == value) for value in dict.fromkeys(values)]
+    if max(map(len, groups)) <= count:
+        return dataset
+    generator = np.random.default_rng(seed)
+    chosen = [generator.choice(rows, count, replace=False) if len(rows) > count else rows for rows in groups]
+    capped = dataset.select(np.sort(np.concatenate(chosen)))
+    about, cap = _about(dataset), {"count": count, "seed": seed} | ({"within": within} if within else {})
+    capped.info.description = json.dumps(about | {"caps": [*about["caps"], cap]})
     return capped
 
 
 def provenance(dataset: Dataset) -> dict:
-    """What a data set of this module is: task ("sample" for the sample), split, source, rows, rows_total (before
-    `cap_rows`), caps (count and seed of each), files (path below the source's folder -> SHA-256).
+    """What a data set is: task ("sample" for the STS sample), split or, of a transfer task, splits (split -> rows before
+    `cap_rows`), source, rows, rows_total (before `cap_rows`), caps (count, seed, and within if given, of each), files
+    (path below the source's folder -> SHA-256).
 
     Raises `ValueError` for a data set from elsewhere.
     """
@@ -258,8 +177,8 @@ def _read_pairs(folder: Path, file: PairFile, split: str, hashes: dict[str, str]
     """The scored pairs of one file, as dicts with the keys of `STS_FEATURES`. Adds to `hashes`. Raises `DataError`."""
     path = folder / file.path
     scores_path = folder / file.scores if file.scores else path
-    lines = _read_lines(folder, file.path, hashes)
-    scores = _read_lines(folder, file.scores, hashes) if file.scores else [""] * len(lines)
+    lines = read_lines(folder, file.path, hashes)
+    scores = read_lines(folder, file.scores, hashes) if file.scores else [""] * len(lines)
     if len(scores) != len(lines):
         raise DataError(f"{scores_path}: found {len(scores)} lines, expected {len(lines)}, one for each of {path.name}.")
     if file.header and lines[:1] != [file.header]:
@@ -293,18 +212,3 @@ def _score(text: str, lowest: float, where: str) -> float:
     if not lowest <= score <= 5:
         raise DataError(f"{where}: expected a score from {lowest:g} to 5, found {text[:20]!r}.")
     return score
-
-
-def _read_lines(folder: Path, name: str, hashes: dict[str, str]) -> list[str]:
-    """The lines of a UTF-8 file. Only a line feed ends a line: `str.splitlines` would also cut at U+0085 and others."""
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"{path}: expected this file, and it is not there.")
-    content = path.read_bytes()
-    hashes[name] = hashlib.sha256(content).hexdigest()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: expected UTF-8, found the byte 0x{error.object[error.start]:02x}.") from None
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

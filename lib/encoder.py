@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib.forward import read_states, run_prefix, shares_prefix
 from lib.models import Backbone
-from lib.prompts import Prompt, get_prompt
+from lib.prompts import PLACEHOLDER, Prompt, get_prompt
 from lib.store import EmbeddingStore, code_version, fingerprint
 from lib.token_prepending import TokenPrepending
 from lib.tokens import PromptTokenizer, TokenRows
@@ -40,7 +40,8 @@ class SentenceEncoder:
         store: an `EmbeddingStore`; embeddings found there are not computed again.
 
     Raises:
-        ValueError: unknown prompt or pooling; no such layer; TP on a prompt that is not read at its last token.
+        ValueError: unknown prompt or pooling; no such layer; TP on a prompt that is not read at its last token; no TP on a
+            prompt whose template holds a placeholder.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class SentenceEncoder:
             raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)}.")
         if tp is not None and self.prompt.pooling != "last":
             raise ValueError(f"Prompt {self.prompt.name!r} is not read at its last token, so TP does not apply to it.")
+        if tp is None and any(PLACEHOLDER in template for template in self.prompt.templates):
+            raise ValueError(f"Prompt {self.prompt.name!r} holds a placeholder, so it needs TP.")
         if tp is not None and tp.end > backbone.num_layers:
             raise ValueError(f"TP end={tp.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
         self._tokenize = PromptTokenizer(backbone.tokenizer, self.max_length)
@@ -152,17 +155,20 @@ class SentenceEncoder:
 
     def _encode_template(self, template: str, texts: list[str], layers: list[int], batch_size, show) -> dict[int, np.ndarray]:
         """Embeddings of distinct, cleaned texts in one template, chunk by chunk, from the store as far as it has them."""
-        # One order for one set of texts, the longest first: what is computed together never depends on what was asked first.
-        order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
         states: dict[int, list[np.ndarray]] = {n: [] for n in layers}
         show = len(texts) > 1000 if show is None else show
         with tqdm(total=len(texts), desc=self.prompt.name, unit="sentence", disable=not show, leave=False, mininterval=1) as bar:
-            for begin in range(0, len(order), CHUNK):
-                chunk = [texts[i] for i in order[begin : begin + CHUNK]]
+            for chunk in self.chunks(texts):
                 for n, rows in self._stored_or_computed(template, chunk, layers, batch_size, bar).items():
                     states[n].append(rows)
-        back = np.argsort(order)
+        back = np.argsort(_order(texts))
         return {n: np.concatenate(rows)[back] for n, rows in states.items()}
+
+    @staticmethod
+    def chunks(texts: list[str]) -> list[list[str]]:
+        """The distinct texts in the lists that are computed together, which depend on nothing but the texts."""
+        order = _order(texts)
+        return [[texts[i] for i in order[begin : begin + CHUNK]] for begin in range(0, len(order), CHUNK)]
 
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar) -> dict[int, np.ndarray]:
         """One chunk: all its layers from the store, or all of them computed together and stored."""
@@ -204,22 +210,23 @@ class SentenceEncoder:
 
     def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
         """One batch through the model: layer -> (batch, hidden)."""
+        ids, placeholders, first, last = self._positions(rows, batch)
+        with self.tp.attach(self.backbone, placeholders, last) if self.tp else nullcontext():
+            return read_states(self.backbone, ids, layers, lambda states: pool(states, self.pooling, first, last), prefix)
+
+    def _positions(self, rows: TokenRows, batch: list[int]) -> tuple[torch.Tensor, ...]:
+        """A batch after the shared prefix, int64: token ids (batch, tokens), placeholders (batch, count) or None without TP,
+        first pooled position (batch,) and last position (batch,)."""
         device, skip = self.backbone.device, rows.prefix
         lengths = [len(rows.ids[i]) - skip for i in batch]
         ids = np.zeros((len(batch), max(lengths)), np.int64)
         for k, i in enumerate(batch):
             ids[k, : lengths[k]] = rows.ids[i][skip:]
-        last = torch.tensor(lengths, device=device) - 1
-        first = torch.tensor([rows.first[i] - skip for i in batch], device=device)
-        applied = nullcontext()
+        placeholders = None
         if self.tp:
-            start = torch.tensor([rows.placeholders[i] - skip for i in batch])[:, None]
-            applied = self.tp.attach(self.backbone, start + torch.arange(self.tp.count), last)
-        with applied:
-            return read_states(
-                self.backbone, torch.from_numpy(ids).to(device), layers,
-                read=lambda states: pool(states, self.pooling, first, last), prefix=prefix,
-            )
+            placeholders = torch.tensor([rows.placeholders[i] - skip for i in batch])[:, None] + torch.arange(self.tp.count)
+        first = torch.tensor([rows.first[i] - skip for i in batch], device=device)
+        return torch.from_numpy(ids).to(device), placeholders, first, torch.tensor(lengths, device=device) - 1
 
 
 ENCODER_CODE = code_version("embedded", "models", "forward", "token_prepending", "prompts", "tokens", "encoder")
@@ -254,6 +261,11 @@ def token_batches(lengths: list[int], budget: int, batch_size: int | None = None
             longest = max(lengths[i], 1)
         batches[-1].append(i)
     return batches
+
+
+def _order(texts: list[str]) -> list[int]:
+    """The longest first: what is computed together never depends on what was asked first."""
+    return sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
 
 
 def _checked(sentences: Iterable[str]) -> list[str]:

@@ -28,6 +28,11 @@ def block_input(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def replace_input(states: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a decoder block with other hidden states, as a forward pre-hook returns them."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
 @torch.inference_mode()
 def read_states(
     backbone: Backbone,

@@ -58,16 +58,23 @@ class Prompt:
         return clean_sentence(sentence) if self.clean else sentence
 
     def with_placeholder(self, place: str, count: int = 1) -> tuple[str, ...]:
-        """The templates with `count` placeholders at `place` (see `lib.token_prepending.PLACES`)."""
+        """The templates with `count` placeholders at `place` (see `lib.token_prepending.PLACES`).
+
+        A template that holds `<PST>` itself says where it stands and is left alone.
+        """
         placeholder = PLACEHOLDER * count
-        if place == "start":
-            return tuple(f"{placeholder} {template}" for template in self.templates)
-        old, new = _INSERTIONS[place]
-        return tuple(
-            t.replace(old, new.replace("{p}", placeholder)) if old in t
-            else t.replace(SENTENCE, _UNQUOTED[place].replace("{p}", placeholder))
-            for t in self.templates
-        )
+
+        def insert(template: str) -> str:
+            if PLACEHOLDER in template:
+                return template
+            if place == "start":
+                return f"{placeholder} {template}"
+            old, new = _INSERTIONS[place]
+            if old in template:
+                return template.replace(old, new.replace("{p}", placeholder))
+            return template.replace(SENTENCE, _UNQUOTED[place].replace("{p}", placeholder))
+
+        return tuple(insert(template) for template in self.templates)
 
 
 _EOL = 'this sentence : "{sentence}" means in one word:"'

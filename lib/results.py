@@ -55,7 +55,8 @@ def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], 
 
     A stored file that does not match its checksum is reported and computed again.
     """
-    path = RESULTS / f"{name}-{fingerprint([settings, code_version('encoder', 'data', *code)])}.json"
+    version = code_version("encoder", "sources", "data", "transfer_data", *code)
+    path = RESULTS / f"{name}-{fingerprint([settings, version])}.json"
     stored = _read(path)
     if stored is None:
         begin = time.perf_counter()

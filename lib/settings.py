@@ -8,8 +8,9 @@ A new model gets its file with one command:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -21,15 +22,17 @@ from lib.encoder import SentenceEncoder
 from lib.models import Backbone, load_backbone
 from lib.prompts import PROMPTS, get_prompt
 from lib.store import ROOT, STORE, write_atomically
-from lib.sts import ALL, stored_pairs, sts_scores
+from lib.sts import ALL, sts_pairs, sts_scores
+from lib.sweep import MemoryStore, SweepEncoder
 from lib.token_prepending import TokenPrepending
 
 FOLDER = ROOT / "configs" / "settings"
 
-# The search: TP before blocks start..end-1. First all ends with the paper's start, then other starts with the best end.
+# The search. First round, on few pairs: TP from the paper's start to each of these ends, then spans as long as the best of
+# them from other starts. Second round: the best few of those and the plain model, on all pairs.
 START, OTHER_STARTS = 1, (0, 2, 3)
-ENDS = (2, 3, 4, 5, 6, 7, 8, 10)
-COARSE_PAIRS = 150
+ENDS = (2, 3, 4, 6, 8)
+FIRST_PAIRS, FINALISTS = 100, 2
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
@@ -55,32 +58,50 @@ def load_settings(model: str) -> dict[str, Setting]:
     return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"]) for name, s in prompts.items()}
 
 
-def score_layers(backbone: Backbone, prompt: str, tp: TokenPrepending | None, data: Dataset, layers: Iterable[int]) -> pd.DataFrame:
-    """STS-B dev score at each layer, from one pass: prompt, start, end, exit, score, pairs (start, end -1 without TP)."""
-    encoder = SentenceEncoder(backbone, prompt, tp, store=STORE)
-    scores = sts_scores(stored_pairs(encoder, {"dev": data}, layers).value)
-    scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)]
-    start, end = (tp.start, tp.end) if tp else (-1, -1)
-    named = {"prompt": prompt, "start": start, "end": end, "exit": scores["layer"]}
-    return pd.DataFrame(named | {"score": scores["score"], "pairs": scores["pairs"]})
+def score_settings(
+    backbone: Backbone, prompt: str, settings: Sequence[TokenPrepending | None], data: Dataset, layers: Iterable[int], store=None
+) -> pd.DataFrame:
+    """Spearman x 100 at each layer for TP settings and, for None, the plain model.
 
+    Settings that differ only in their ends share their first blocks (`lib.sweep`).
 
-def search(backbone: Backbone, prompt: str, data: Dataset) -> pd.DataFrame:
-    """All scores of the search for one prompt, in the columns of `score_layers`; the exit layers are the last third."""
-    last = backbone.num_layers
-    layers = range(last - last // 3, last + 1)
-    # A prompt of many templates costs as many passes, so it gets a coarser search on fewer pairs.
-    coarse = len(get_prompt(prompt).templates) > 2
-    if coarse:
-        data = cap_rows(data, COARSE_PAIRS, seed=0)
-    tables = [score_layers(backbone, prompt, None, data, layers)]
-    ends = [end for end in (ENDS[::3] if coarse else ENDS) if end <= last]
-    tables += [score_layers(backbone, prompt, TokenPrepending(START, end), data, layers) for end in ends]
-    if not coarse:
-        end = int(best(pd.concat(tables[1:]))["end"])
-        starts = [start for start in OTHER_STARTS if start < end]
-        tables += [score_layers(backbone, prompt, TokenPrepending(start, end), data, layers) for start in starts]
+    Args:
+        store: where embeddings are put and looked for; by default in memory, for this call only.
+
+    Returns:
+        Columns prompt, start, end, exit, score, pairs; start and end are -1 for the plain model.
+    """
+    store, layers, tables = MemoryStore() if store is None else store, list(layers), []
+    sentences = [*data["sentence1"], *data["sentence2"]]
+    for start, group in groupby(sorted(filter(None, settings), key=lambda tp: tp.start), key=lambda tp: tp.start):
+        group = list(group)
+        SweepEncoder(backbone, prompt, group[0], [tp.end for tp in group]).fill(sentences, layers, store)
+    for tp in settings:
+        scores = sts_scores(sts_pairs(SentenceEncoder(backbone, prompt, tp, store=store), {"dev": data}, layers))
+        scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)]
+        named = {"prompt": prompt, "start": tp.start if tp else -1, "end": tp.end if tp else -1, "exit": scores["layer"]}
+        tables.append(pd.DataFrame(named | {"score": scores["score"], "pairs": scores["pairs"]}))
     return pd.concat(tables, ignore_index=True)
+
+
+def search(backbone: Backbone, prompt: str, data: Dataset, store=STORE) -> pd.DataFrame:
+    """The scores of the search's second round for one prompt, in the columns of `score_settings`.
+
+    The exit layers are the last third. A prompt of many templates costs as many passes, so its search is coarser: fewer
+    ends, no other starts, and the first round's pairs only.
+    """
+    last, coarse = backbone.num_layers, len(get_prompt(prompt).templates) > 2
+    layers = range(last - last // 3, last + 1)
+    few = cap_rows(data, FIRST_PAIRS, seed=0)
+    tried = [TokenPrepending(START, end) for end in (ENDS[::2] if coarse else ENDS) if end <= last]
+    first = score_settings(backbone, prompt, tried, few, layers, store)
+    if not coarse:
+        span = int(best(first)["end"]) - START
+        others = [TokenPrepending(start, start + span) for start in OTHER_STARTS if start + span <= last]
+        first = pd.concat([first, score_settings(backbone, prompt, others, few, layers, store)])
+    spans = first.groupby(["start", "end"])["score"].max().nlargest(FINALISTS).index
+    finalists = [None, *(TokenPrepending(int(start), int(end)) for start, end in spans)]
+    return score_settings(backbone, prompt, finalists, few if coarse else data, layers, store)
 
 
 def best(scores: pd.DataFrame) -> pd.Series:
@@ -88,15 +109,16 @@ def best(scores: pd.DataFrame) -> pd.Series:
     return scores.sort_values(["score", "exit", "end", "start"], ascending=[False, True, True, True]).iloc[0]
 
 
-def choose(model: str, prompts: Iterable[str], pairs: int, seed: int = 0) -> Path:
+def choose(backbone: Backbone, prompts: Iterable[str], pairs: int, seed: int = 0) -> Path:
     """Search every prompt on `pairs` seeded STS-B dev pairs and write its line in the model's settings file at once."""
-    backbone, path, source = load_backbone(model), settings_file(model), find_source()
+    path, source = settings_file(backbone.name), find_source()
     data = cap_rows(load_sts("sample" if source.is_sample else "STS-B", "dev"), pairs, seed)
     about = {
-        "model": model,
+        "model": backbone.name,
         "revision": backbone.revision,
         "numbering": "start, end: 0-based blocks, end exclusive; exit: Hugging Face state, the last is after the final norm",
-        "chosen_by": f"highest Spearman x 100 on pairs of STS-B dev ({source.label}), drawn with seed {seed}",
+        "chosen_by": f"highest Spearman x 100 on pairs of STS-B dev ({source.label}), drawn with seed {seed}; "
+        f"tried first on {FIRST_PAIRS} of them, the best {FINALISTS} settings again on dev_pairs",
     }
     for prompt in prompts:
         chosen = yaml.safe_load(path.read_text())["prompts"] if path.exists() else {}
@@ -129,7 +151,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=TP_PROMPTS, choices=TP_PROMPTS)
     parser.add_argument("--pairs", type=int, default=500)
     arguments = parser.parse_args()
-    print("written:", choose(arguments.model, arguments.prompts, arguments.pairs).relative_to(ROOT))
+    print("written:", choose(load_backbone(arguments.model), arguments.prompts, arguments.pairs).relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,26 @@ def difference_interval(
     return pd.DataFrame(rows, columns=["task", "difference", "low", "high"])
 
 
+def compare_runs(runs: dict[str, pd.DataFrame], reference: str, draws: int = 10_000, seed: int = 0) -> pd.DataFrame:
+    """Every run beside one of them, over the same pairs of one data set, with 95 % paired bootstrap intervals.
+
+    Args:
+        runs: label -> table from `sts_pairs` with one layer. reference: the label of the run to compare with.
+
+    Returns:
+        Columns run, score, score_low, score_high, difference, low, high (of the difference from the reference).
+    """
+    gold = runs[reference]["gold"].to_numpy()
+    similarities = np.stack([table["similarity"].to_numpy() for table in runs.values()])
+    resampled, at = bootstrap_spearman(gold, similarities, draws, seed), list(runs).index(reference)
+    scores = [spearman(gold, similarity) for similarity in similarities]
+    rows = []
+    for k, (label, score) in enumerate(zip(runs, scores)):
+        own, difference = (np.percentile(d, [2.5, 97.5]) for d in (resampled[:, k], resampled[:, k] - resampled[:, at]))
+        rows.append((label, score, *own, score - scores[at], *difference))
+    return pd.DataFrame(rows, columns=["run", "score", "score_low", "score_high", "difference", "low", "high"])
+
+
 def stored_effects(ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0) -> Result:
     """`difference_interval` through the result store; the two tables themselves are part of the settings."""
     tables = [hashlib.sha256(t.to_json(double_precision=15).encode()).hexdigest() for t in (ours, base)]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from lib.forward import block_input
+from lib.forward import block_input, replace_input
 from lib.models import Backbone
 
 INITS = ("normal", "zeros", "ones", "uniform", "space")
@@ -95,26 +95,33 @@ class TokenPrepending:
         """
         if self.end > backbone.num_layers:
             raise ValueError(f"TP end={self.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
-        targets = placeholder_positions.reshape(len(last_positions), -1)
-        rows = torch.arange(len(last_positions))[:, None]
+        rows, targets = torch.arange(len(last_positions))[:, None], placeholder_positions.reshape(len(last_positions), -1)
+
+        def write_last_state(_, args, kwargs):
+            states = block_input(args, kwargs).clone()
+            row, target, last = (t.to(states.device) for t in (rows, targets, last_positions))
+            states[row, target] = states[row, last[:, None]]
+            return replace_input(states, args, kwargs)
+
+        with self.insert(backbone, targets), ExitStack() as hooks:
+            for block in backbone.layers[self.start : self.end]:
+                hooks.callback(block.register_forward_pre_hook(write_last_state, with_kwargs=True).remove)
+            yield self
+
+    @contextmanager
+    def insert(self, backbone: Backbone, targets: torch.Tensor):
+        """While active, the positions `targets`, int64 (batch, count), hold `initial_vector` at the embedding output."""
         # Some families scale their embeddings (Gemma); a row of the matrix would be scaled likewise.
         vector = self.initial_vector(backbone) * float(getattr(backbone.embeddings, "embed_scale", 1.0))
+        rows = torch.arange(len(targets))[:, None]
 
         def insert_placeholder(_, __, output):
             states = output.clone()
             states[rows.to(states.device), targets.to(states.device)] = vector.to(states.device, states.dtype)
             return states
 
-        def write_last_state(_, args, kwargs):
-            states = block_input(args, kwargs).clone()
-            row, target, last = (t.to(states.device) for t in (rows, targets, last_positions))
-            states[row, target] = states[row, last[:, None]]
-            if args:
-                return (states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states}
-
-        with ExitStack() as hooks:
-            hooks.callback(backbone.embeddings.register_forward_hook(insert_placeholder).remove)
-            for block in backbone.layers[self.start : self.end]:
-                hooks.callback(block.register_forward_pre_hook(write_last_state, with_kwargs=True).remove)
-            yield self
+        handle = backbone.embeddings.register_forward_hook(insert_placeholder)
+        try:
+            yield
+        finally:
+            handle.remove()

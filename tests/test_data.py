@@ -1,4 +1,4 @@
-"""`lib.data` and `lib.download`: made-up SentEval files, a loopback server in place of the hub, real data if there."""
+"""`lib.data`, `lib.sources`, `lib.download`: made-up SentEval files, a loopback server as the hub, real data if there."""
 
 import contextlib
 import dataclasses
@@ -10,14 +10,16 @@ import tarfile
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
-from lib import data, download
+from lib import data, download, sources
 from lib.data import DataError, DataSource, SampleDataWarning, cap_rows, find_source, load_sts, provenance, sts_tasks
 
 STS13 = "STS/STS13-en-test/STS"
@@ -37,12 +39,12 @@ def clean_slate(monkeypatch, tmp_path):
     for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "sample").symlink_to(data.ROOT / "data" / "sample")
-    data.forget_sources()
+    (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
+    sources.forget_sources()
     yield
-    data.forget_sources()
+    sources.forget_sources()
 
 
 @pytest.fixture
@@ -190,15 +192,37 @@ def test_cap_rows_is_seeded_keeps_the_order_and_repeats_no_row(tiny):
         cap_rows(dataset, 0, 0)
 
 
+def test_cap_rows_without_a_column_draws_what_it_always_drew(tiny):
+    dataset = tiny("STS-B", "dev", {STSB: "".join(STSB_ROW.replace("a b", f"{i:03d}") for i in range(200))}, (200,))
+    drawn = np.sort(np.random.default_rng(7).choice(200, 50, replace=False))
+    assert [int(text) for text in cap_rows(dataset, 50, 7)["sentence1"]] == drawn.tolist()
+    assert provenance(cap_rows(dataset, 50, 7))["caps"] == [{"count": 50, "seed": 7}]
+
+
+def test_cap_rows_within_a_column_caps_each_value_alone(tiny):
+    """Here b is first, too large, and not in one piece; a is small enough; c is too large, and drawn after b."""
+    genres = ["b"] * 30 + ["a"] * 4 + ["c"] * 40 + ["b"] * 30
+    text = "".join(STSB_ROW.replace("forum", genre).replace("a b", str(i)) for i, genre in enumerate(genres))
+    dataset = tiny("STS-B", "dev", {STSB: text}, (len(genres),))
+    generator, places = np.random.default_rng(3), {g: np.flatnonzero(np.array(genres) == g) for g in "bac"}
+    drawn = [places[g][generator.choice(len(places[g]), 10, replace=False)] if g != "a" else places[g] for g in "bac"]
+    capped = cap_rows(dataset, 10, 3, within="subset")
+    assert [int(text) for text in capped["sentence1"]] == np.sort(np.concatenate(drawn)).tolist()
+    assert Counter(capped["subset"]) == {"b": 10, "a": 4, "c": 10}
+    expected = {"rows": 24, "caps": [{"count": 10, "seed": 3, "within": "subset"}]}
+    assert provenance(capped) == provenance(dataset) | expected
+    assert cap_rows(dataset, 60, 3, within="subset") is dataset
+
+
 # Where data comes from.
 
 
 def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monkeypatch, tmp_path):
     with pytest.warns(SampleDataWarning):
-        assert find_source() == DataSource("sample", data.DATA / "sample")
-    data.forget_sources()
-    (data.DATA / "downloads" / "senteval").mkdir(parents=True)
-    assert find_source() == DataSource("downloads", data.DATA / "downloads" / "senteval")
+        assert find_source() == DataSource("sample", sources.DATA / "sample")
+    sources.forget_sources()
+    (sources.DATA / "downloads" / "senteval").mkdir(parents=True)
+    assert find_source() == DataSource("downloads", sources.DATA / "downloads" / "senteval")
     (tmp_path / "mine" / "senteval").mkdir(parents=True)
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "mine"))
     assert find_source() == DataSource("folder", tmp_path / "mine" / "senteval")
@@ -208,7 +232,7 @@ def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monke
 
 
 def test_a_wrong_folder_is_an_error_and_no_fallback(monkeypatch, tmp_path):
-    (data.DATA / "downloads" / "senteval").mkdir(parents=True)
+    (sources.DATA / "downloads" / "senteval").mkdir(parents=True)
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "typo"))
     with pytest.raises(DataError, match="TP_DATA_DIR is '.*typo', so the folder .*typo/senteval was expected, with STS/"):
         load_sts("STS12")
@@ -338,30 +362,31 @@ def fall_back():
 
 def downloads():
     """The names in data/downloads, without the lock and the hub's own bookkeeping."""
-    return sorted(path.name for path in (data.DATA / "downloads").glob("*") if path.name not in (".cache", ".senteval.lock"))
+    names = {path.name for path in (sources.DATA / "downloads").glob("*")}
+    return sorted(names - {".cache", ".senteval.lock"})
 
 
 @pytest.mark.parametrize("mode, content", [("good", NESTED_TAR), ("redirect", GOOD_TAR)], ids=["nested", "redirect"])
 def test_a_good_archive_is_downloaded_once_and_unpacked(hub, mode, content):
     hub.mode, hub.content, hub.sha256 = mode, content, hashlib.sha256(content).hexdigest()
     source = find_source()
-    assert source == DataSource("downloads", data.DATA / "downloads" / "senteval") and downloads() == ["senteval"]
+    assert source == DataSource("downloads", sources.DATA / "downloads" / "senteval") and downloads() == ["senteval"]
     assert (source.path / STSB).read_text() == STSB_ROW and (source.path / "SICK" / "readme.txt").is_file()
     assert source.path.stat().st_mode & 0o777 == 0o755
     path = "/datasets/princeton-nlp/datasets-for-simcse/resolve/{}/senteval.tar"
     got = "/senteval.tar" if mode == "redirect" else path.format("c" * 40)
     assert hub.requests[0] == ("HEAD", path.format("main")) and hub.requests[-1] == ("GET", got)
     asked = len(hub.requests)
-    data.forget_sources()
+    sources.forget_sources()
     assert find_source() == source and len(hub.requests) == asked
     with pytest.raises(DataError, match=r"sts-dev\.csv: found 1 scored rows, expected 1500"):
         load_sts("STS-B", "dev")
 
 
 def test_processes_that_want_the_same_archive_download_it_once(hub):
-    target = data.DATA / "downloads" / "senteval"
+    target = sources.DATA / "downloads" / "senteval"
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: download.fetch_archive(*data.ARCHIVES["senteval"][:2], target, "STS"), range(3)))
+        list(pool.map(lambda _: download.fetch_archive(*sources.ARCHIVES["senteval"][:2], target, "STS"), range(3)))
     assert [command for command, _ in hub.requests].count("GET") == 1 and (target / STSB).is_file()
 
 
@@ -383,7 +408,7 @@ def test_http_errors_are_named_and_not_remembered_as_a_dead_hub(hub, mode, statu
     assert f"{hub.url} answered HTTP {status} for princeton-nlp/datasets-for-simcse/senteval.tar" in fall_back()
     assert downloads() == []
     hub.mode = "good"
-    data._search.cache_clear()
+    sources._search.cache_clear()
     assert find_source().kind == "downloads"
 
 
@@ -395,10 +420,10 @@ def test_a_silent_hub_is_noticed_in_time_and_asked_once(hub, monkeypatch, mode):
     begin = time.monotonic()
     assert "did not answer within 0.5 seconds" in fall_back()
     assert 0.4 < time.monotonic() - begin < 3
-    data._search.cache_clear()  # as if another kind of data were wanted
+    sources._search.cache_clear()  # as if another kind of data were wanted
     assert "did not answer within 0.5 seconds" in fall_back() and len(hub.requests) == 1
     hub.mode = "good"
-    data.forget_sources()
+    sources.forget_sources()
     assert find_source().kind == "downloads"
 
 
@@ -412,7 +437,7 @@ def test_switches_keep_us_off_the_hub(hub, monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
     assert f"not asked, because {switch} is set" in fall_back() and hub.requests == []
     monkeypatch.setenv(switch, "0")
-    data.forget_sources()
+    sources.forget_sources()
     assert find_source().kind == "downloads"
 
 
@@ -463,10 +488,10 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
         with pytest.raises(KeyboardInterrupt):
             find_source()
     assert downloads() == ["senteval.tar"]
-    (data.DATA / "downloads" / ".senteval-killed" / "STS").mkdir(parents=True)  # what a killed process leaves behind
+    (sources.DATA / "downloads" / ".senteval-killed" / "STS").mkdir(parents=True)  # what a killed process leaves behind
     assert find_source().kind == "downloads" and downloads() == ["senteval"]
     assert [command for command, _ in hub.requests].count("GET") == 1
-    assert (data.DATA / "downloads" / "senteval" / "SICK" / "readme.txt").is_file()
+    assert (sources.DATA / "downloads" / "senteval" / "SICK" / "readme.txt").is_file()
 
 
 # The real data, where there is any.

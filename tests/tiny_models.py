@@ -160,7 +160,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def loop_states(
-    backbone: Backbone, ids: list[int], writes=(), vector: torch.Tensor | None = None, check: bool = False
+    backbone: Backbone, ids: list[int], writes=(), vector: torch.Tensor | None = None, check: bool = False, change=None
 ) -> list[torch.Tensor]:
     """All states of one unpadded prompt, by a loop over the blocks: `num_layers + 1` tensors (tokens, hidden).
 
@@ -168,6 +168,8 @@ def loop_states(
         ids: token ids; `SPARE_TOKEN` where a placeholder stands.
         writes: (start, end, positions of the placeholders) of each TP setting that is active.
         vector: the row of the embedding matrix that a placeholder token has. Without it the row is not a number.
+        change: called before each block as `change(i, h, block, args, kwargs, states)`, where `states` are those of the blocks
+            before; returns the h and the kwargs that the block gets.
         check: also compare the states with those of the model's own `output_hidden_states` (only without `writes`).
     """
     model = _copy(backbone.model)
@@ -191,6 +193,8 @@ def loop_states(
                 h = h.clone()
                 for position in positions:
                     h[:, position] = h[:, -1]
+        if change:
+            h, kwargs = change(i, h.clone(), block, args, dict(kwargs), states)
         states.append(h[0])
         output = block(h, *args, **kwargs)
         h = output[0] if isinstance(output, tuple) else output

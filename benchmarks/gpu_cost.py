@@ -1,0 +1,109 @@
+"""Notebook 05's cost tables on a GPU, for a model of Llama-2-7B's shape with random weights, in bfloat16.
+
+Time does not depend on the weights; quality does, so none is reported. The tokenizer is the embedded model's: the vocabulary
+is not Llama-2's, but the embedding is a lookup, and only the plain path runs the LM head. Settings are the paper's (TP
+1 -> 7, read at layer 27). The tables go to data/gpu/, where notebook 05 finds them. Run from the project folder:
+
+    python -m benchmarks.gpu_cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.encode import PlainPath
+from lib.cost import count_flops, matmul_peak, measure, ratio_quartiles
+from lib.cost_table import GPU_RESULTS, paper_methods, practical_methods, run_methods
+from lib.data import find_source, load_sts
+from lib.encoder import SentenceEncoder
+from lib.models import Backbone, device_name, load_backbone
+from lib.results import environment
+from lib.settings import Setting
+from lib.store import write_atomically
+from lib.token_prepending import TokenPrepending
+
+METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
+WITH_TP = METHODS[2:]
+
+
+def random_llama(layers: int, hidden: int, heads: int, intermediate: int, device: str) -> Backbone:
+    """A Llama with random bfloat16 weights, made on the device (the defaults of `main` are Llama-2-7B's shape: 13 GB)."""
+    tokenizer = load_backbone(device="cpu").tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=intermediate, max_position_embeddings=4096,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return Backbone.from_model(model, tokenizer, f"random Llama, {layers} blocks of {hidden}", "random weights")
+
+
+def against_plain(backbone: Backbone, setting: Setting, sentences: list[str], rounds: int) -> pd.DataFrame:
+    """PromptEOL and KE with TP: our encoder and the plain path of `benchmarks.encode`, timed in turn."""
+    rows = []
+    for prompt in ("prompteol", "ke"):
+        encoder = SentenceEncoder(backbone, prompt, setting.tp, setting.exit_layer)
+        paths = {"plain": PlainPath(encoder), "ours": encoder}
+        calls = {name: lambda path=path: path.encode(sentences) for name, path in paths.items()}
+        flops = {name: count_flops(call) for name, call in calls.items()}  # also the warm-up
+        seconds, peak = measure(calls, rounds), matmul_peak(backbone.dtype, backbone.device)
+        for name in paths:
+            speed_up, low, high = ratio_quartiles(seconds["plain"], seconds[name])
+            rows.append({
+                "prompt": f"{prompt} + TP", "path": name, "speed-up": speed_up, "low": low, "high": high,
+                "TFLOP": flops[name] / 1e12, "share of peak": flops[name] / min(seconds[name]) / peak,
+                "sentences / s": len(sentences) / min(seconds[name]),
+            })
+    return pd.DataFrame(rows)
+
+
+def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list[str], rounds: int) -> dict[str, pd.DataFrame]:
+    """The paper's protocol on `few` sentences, the practical one and the plain path on `many`: name -> table."""
+    settings = dict.fromkeys(WITH_TP, setting)
+    return {
+        "paper": run_methods(backbone, paper_methods(METHODS, settings), few, rounds, one_by_one=True),
+        "practical": run_methods(backbone, practical_methods(METHODS, settings), many, rounds, one_by_one=False),
+        "plain": against_plain(backbone, setting, many, rounds),
+    }
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    for name, default in (("layers", 32), ("hidden", 4096), ("heads", 32), ("intermediate", 11008), ("exit", 27),
+                          ("sentences", 24), ("practical-sentences", 512), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--folder", type=Path, default=GPU_RESULTS)
+    options = parser.parse_args(arguments)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; nothing was measured")
+    backbone = random_llama(options.layers, options.hidden, options.heads, options.intermediate, options.device)
+    setting = Setting(TokenPrepending(1, min(7, options.exit)), options.exit)
+    source = find_source("senteval")
+    data = load_sts("sample" if source.is_sample else "STS-B")
+    sentences = list(dict.fromkeys(data["sentence1"]))
+    tables = measure_all(
+        backbone, setting, sentences[: options.sentences], sentences[: options.practical_sentences], options.rounds
+    )
+    device = device_name(backbone.device)
+    about = {
+        "model": backbone.name, "weights": "random", "dtype": str(backbone.dtype).removeprefix("torch."), "device": device,
+        "tp": setting.tp.describe(), "exit_layer": setting.exit_layer, "data": source.label, "rounds": options.rounds,
+        "environment": environment(),
+    }
+    path = options.folder / f"{device.lower().replace(' ', '-')}-{options.layers}x{options.hidden}.json"
+    content = {"about": about, "tables": {name: table.to_dict(orient="split", index=False) for name, table in tables.items()}}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    print(f"written: {path.name}")
+    print(tables["plain"].to_markdown(index=False, floatfmt=".2f"))
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What each method costs: its work counted, its time measured beside the others in one run, its quality, the Pareto front."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+
+from lib.cost import count_flops, count_tokens, matmul_peak, measure, peak_memory, ratio_quartiles
+from lib.encoder import SentenceEncoder
+from lib.models import Backbone
+from lib.results import Result, run_or_load
+from lib.settings import Setting
+from lib.store import ROOT, STORE
+from lib.sts import bootstrap_spearman, score_table, stored_pairs
+from lib.token_prepending import TokenPrepending
+from lib.workload import PreparedRun, workload
+
+GPU_RESULTS = ROOT / "data" / "gpu"
+REFERENCE = "prompteol"
+VANILLA, TP = "vanilla", "TP"
+LAST, SAME, TP_EXIT = "vanilla, last layer", "vanilla, exit layer", "TP, exit layer"
+# Methods that are not called as their prompt is: method -> prompt, pooling.
+READ_AS = {"mean": ("none", "mean")}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a cost table: a prompt read in one way. `name` is the paper's name of the method."""
+
+    name: str
+    variant: str
+    exit_layer: int
+    tp: TokenPrepending | None = None
+
+    def encoder(self, backbone: Backbone, store=None) -> SentenceEncoder:
+        prompt, pooling = READ_AS.get(self.name, (self.name, None))
+        return SentenceEncoder(backbone, prompt, self.tp, self.exit_layer, pooling, store=store)
+
+
+def paper_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Method]:
+    """Every method, and with TP where there is a setting for it, all read at PromptEOL's exit layer."""
+    exit_layer, methods = settings[REFERENCE].exit_layer, []
+    for name in names:
+        methods.append(Method(name, VANILLA, exit_layer))
+        if name in settings:
+            methods.append(Method(name, TP, exit_layer, settings[name].tp))
+    return methods
+
+
+def practical_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Method]:
+    """Every method at the last layer, and where there is a setting at its own exit layer, without and with TP."""
+    methods = []
+    for name in names:
+        methods.append(Method(name, LAST, -1))
+        if name in settings:
+            exit_layer = settings[name].exit_layer
+            methods += [Method(name, SAME, exit_layer), Method(name, TP_EXIT, exit_layer, settings[name].tp)]
+    return methods
+
+
+def run_methods(
+    backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool
+) -> pd.DataFrame:
+    """Time all methods in one interleaved run, each round with the machine's matmul peak beside them.
+
+    Args:
+        one_by_one: the paper's protocol (`PreparedRun`), else `encode` as anyone would call it: tokens, prefixes, batches.
+
+    Returns:
+        One row per method and round: method, variant, layer, round, seconds, peak (operations/s), and the same in each
+        round: sentences, tokens and flops (all sentences together), memory (bytes).
+    """
+    calls, counted, peaks = {}, {}, []
+    for method in methods:
+        encoder = method.encoder(backbone)
+        run = PreparedRun(encoder, sentences) if one_by_one else partial(encoder.encode, sentences, show_progress_bar=False)
+        work = workload(encoder, sentences, 1 if one_by_one else None, prefix=not one_by_one)
+        with peak_memory(backbone.device) as memory:  # also the warm-up
+            run()
+        calls[method] = run
+        counted[method] = {
+            "layer": encoder.exit_layer, "sentences": len(sentences), "tokens": work.tokens, "flops": work.flops,
+            "memory": memory["bytes"],
+        }
+    calls["peak"] = lambda: peaks.append(matmul_peak(backbone.dtype, backbone.device, repeats=4))
+    seconds = measure(calls, rounds)
+    rows = [
+        {"method": m.name, "variant": m.variant, "round": i, "seconds": seconds[m][i], "peak": peaks[i]} | counted[m]
+        for m in methods for i in range(rounds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def stored_run(
+    name: str, backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool
+) -> Result:
+    """`run_methods` through the result store. A stored time is this machine's: device and threads are part of its key."""
+    settings = {
+        "methods": [method.encoder(backbone).describe() | {"layer": method.exit_layer} for method in methods],
+        "sentences": sentences, "rounds": rounds, "one_by_one": one_by_one, "threads": torch.get_num_threads(),
+    }
+    code = ("cost", "cost_table", "workload", "forward", "token_prepending")
+    return run_or_load(name, settings, lambda: run_methods(backbone, methods, sentences, rounds, one_by_one), code)
+
+
+def check_workload(backbone: Backbone, methods: list[Method], sentences: list[str]) -> pd.DataFrame:
+    """Our counts beside torch's of a real run: method, variant, tokens, tokens counted, GFLOP, GFLOP counted."""
+    rows = []
+    for method in methods:
+        encoder = method.encoder(backbone)
+        work = workload(encoder, sentences)
+        with count_tokens(backbone) as tokens:
+            flops = count_flops(lambda: encoder.encode(sentences))
+        rows.append({
+            "method": method.name, "variant": method.variant, "tokens": work.tokens, "tokens counted": tokens["tokens"],
+            "GFLOP": work.flops / 1e9, "GFLOP counted": flops / 1e9,
+        })
+    return pd.DataFrame(rows)
+
+
+def gpu_results() -> list[tuple[dict, dict[str, pd.DataFrame]]]:
+    """What `benchmarks.gpu_cost` left in `data/gpu/`: for each file what was measured on what, and its tables by name."""
+    contents = [json.loads(path.read_text()) for path in sorted(GPU_RESULTS.glob("*.json"))]
+    return [(content["about"], {name: pd.DataFrame(**t) for name, t in content["tables"].items()}) for content in contents]
+
+
+def _by_method(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    return dict(list(runs.groupby(["method", "variant"], sort=False)))
+
+
+def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per method: work per sentence, time as a ratio to plain PromptEOL (the first of its variants) in the same round.
+
+    `low` and `high` are the quartiles over the rounds, `share of peak` the median of operations/s over the matmul peak.
+    """
+    reference = runs.loc[runs["method"] == REFERENCE, "variant"].iloc[0]
+    groups, rows = _by_method(runs), []
+    for (name, variant), own in groups.items():
+        ratio, low, high = ratio_quartiles(own["seconds"], groups[REFERENCE, reference]["seconds"])
+        one = own.iloc[0]
+        rows.append({
+            "method": name, "variant": variant, "layer": one["layer"], "tokens / sentence": one["tokens"] / one["sentences"],
+            "GFLOP / sentence": one["flops"] / one["sentences"] / 1e9, "time ratio": ratio, "low": low, "high": high,
+            "share of peak": (own["flops"] / own["seconds"] / own["peak"]).median(), "peak MB": one["memory"] / 1e6,
+        })
+    return pd.DataFrame(rows)
+
+
+def overhead(runs: pd.DataFrame, tp: str = TP, base: str = VANILLA) -> pd.DataFrame:
+    """TP against the same prompt without it, in the same round: time ratio with quartiles, FLOP ratio, tokens added."""
+    groups, rows = _by_method(runs), []
+    for name in dict.fromkeys(name for name, variant in groups if variant == tp):
+        with_tp, plain = groups[name, tp], groups[name, base]
+        ratio, low, high = ratio_quartiles(with_tp["seconds"], plain["seconds"])
+        first, other = with_tp.iloc[0], plain.iloc[0]
+        rows.append({
+            "method": name, "time ratio": ratio, "low": low, "high": high, "FLOP ratio": first["flops"] / other["flops"],
+            "more tokens / sentence": (first["tokens"] - other["tokens"]) / first["sentences"],
+        })
+    return pd.DataFrame(rows)
+
+
+def quality(
+    backbone: Backbone, methods: list[Method], data: Dataset, task: str, draws: int = 1000
+) -> tuple[pd.DataFrame, list[dict]]:
+    """Spearman x 100 on one STS data set with its bootstrap interval: method, variant, score, from, to; and the provenance."""
+    tables, provenance = [], []
+    for (name, tp), group in groupby(methods, key=lambda m: (m.name, m.tp)):
+        group = list(group)
+        layers = [backbone.layer_index(m.exit_layer) for m in group]  # of one method without TP all layers come from one pass
+        result = stored_pairs(group[0].encoder(backbone, STORE), {task: data}, layers)
+        provenance.append(result.provenance)
+        for method, layer in zip(group, layers):
+            pairs = result.value[result.value["layer"] == layer]
+            draws_of = bootstrap_spearman(pairs["gold"].to_numpy(), [pairs["similarity"].to_numpy()], draws)
+            low, high = np.percentile(draws_of, [2.5, 97.5])
+            score = score_table({(name, method.variant): pairs})[task].item()
+            tables.append({"method": name, "variant": method.variant, "score": score, "from": low, "to": high})
+    return pd.DataFrame(tables), provenance
+
+
+def pareto_front(cost: Iterable[float], quality: Iterable[float]) -> np.ndarray:
+    """Which points no other one beats: none is at most as costly and at least as good, and better in one of the two."""
+    cost, quality = np.asarray(list(cost)), np.asarray(list(quality))
+    as_good = (cost <= cost[:, None]) & (quality >= quality[:, None])
+    better = (cost < cost[:, None]) | (quality > quality[:, None])
+    return ~(as_good & better).any(axis=1)

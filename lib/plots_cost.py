@@ -1,0 +1,126 @@
+"""Figures of notebook 05; each function returns a matplotlib figure."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+
+from lib.cost_table import LAST, SAME, TP, TP_EXIT, VANILLA, pareto_front
+from lib.plots import COLOURS, PROMPT_LABELS
+
+LABELS = PROMPT_LABELS | {"mean": "mean, no prompt"}
+STYLES = {
+    VANILLA: (COLOURS["blue"], "o"), TP: (COLOURS["vermilion"], "D"),
+    LAST: (COLOURS["sky"], "s"), SAME: (COLOURS["blue"], "o"), TP_EXIT: (COLOURS["vermilion"], "D"),
+}
+RATIO_TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+
+
+def _ratio_axis(axis) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(FixedLocator([tick for tick in RATIO_TICKS if low <= tick <= high]))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_minor_locator(FixedLocator([]))
+
+
+def time_ratios(table: pd.DataFrame, title: str, paper: pd.DataFrame | None = None):
+    """Time of each method as a ratio to plain PromptEOL, a row per method, with quartiles over the rounds.
+
+    Args:
+        table: from `lib.cost_table.cost_table`. paper: columns method, tp, value, drawn as crosses.
+    """
+    names, variants = list(table["method"].unique()), list(table["variant"].unique())
+    figure, axis = plt.subplots(figsize=(8, 0.55 * len(names) + 1.6))
+    offsets = dict(zip(variants, np.linspace(-0.22, 0.22, len(variants)) if len(variants) > 1 else [0.0]))
+    for variant, rows in table.groupby("variant", sort=False):
+        colour, marker = STYLES[variant]
+        y = [names.index(name) + offsets[variant] for name in rows["method"]]
+        spread = [rows["time ratio"] - rows["low"], rows["high"] - rows["time ratio"]]
+        axis.errorbar(rows["time ratio"], y, xerr=spread, fmt=marker, color=colour, ms=6, capsize=3, lw=1.5, label=variant)
+    if paper is not None:
+        shown = paper[paper["method"].isin(names)]
+        y = [names.index(name) + offsets[TP if tp else VANILLA] for name, tp in zip(shown["method"], shown["tp"])]
+        axis.scatter(shown["value"], y, marker="x", s=42, color="0.25", lw=1.4, zorder=4, label="the paper, Llama-2-7B")
+    axis.axvline(1, color="0.2", lw=0.8)
+    axis.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    _ratio_axis(axis)
+    axis.set_xlabel("time, PromptEOL without TP = 1 (logarithmic; bars: quartiles of the rounds)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def quality_against_cost(points: pd.DataFrame, title: str):
+    """Every method in all its variants, the Pareto front through the best of them; a line joins what is one method.
+
+    Args:
+        points: columns method, variant, time ratio, low, high, score.
+    """
+    figure, axis = plt.subplots(figsize=(8.4, 5.2))
+    best = points[pareto_front(points["time ratio"], points["score"])].sort_values("time ratio")
+    axis.step(best["time ratio"], best["score"], where="post", color="0.35", lw=1.4, ls="--", label="Pareto front", zorder=1)
+    for _, rows in points.groupby("method", sort=False):
+        axis.plot(rows["time ratio"], rows["score"], color="0.8", lw=1, zorder=1)
+    for variant, rows in points.groupby("variant", sort=False):
+        colour, marker = STYLES[variant]
+        spread = [rows["time ratio"] - rows["low"], rows["high"] - rows["time ratio"]]
+        axis.errorbar(rows["time ratio"], rows["score"], xerr=spread, fmt=marker, color=colour, ms=7, capsize=2, lw=1, label=variant)
+    right = points.groupby("method", sort=False)["time ratio"].max()
+    axis.set_xlim(points["low"].min() / 1.15, right.max() * 1.6)
+    _ratio_axis(axis)
+    _name_methods(figure, axis, points)
+    axis.set_xlabel("time of the batched encoder, PromptEOL at the last layer = 1 (logarithmic; bars: quartiles of the rounds)")
+    axis.set_ylabel("Spearman x 100")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _name_methods(figure, axis, points: pd.DataFrame, gap: float = 15) -> None:
+    """A name beside each method's best point, moved up or down by pixels until none lies on another."""
+    figure.canvas.draw()
+    best = points.loc[points.groupby("method", sort=False)["score"].idxmax()].sort_values("score")
+    places = axis.transData.transform(best[["time ratio", "score"]].to_numpy())
+    taken: list[tuple[float, float]] = []
+    for (_, row), (x, y) in zip(best.iterrows(), places):
+        wanted = y
+        while any(abs(x - other_x) < 130 and wanted - other_y < gap for other_x, other_y in taken):
+            wanted += 1
+        taken.append((x, wanted))
+        axis.annotate(
+            LABELS.get(row["method"], row["method"]), (row["time ratio"], row["score"]), xytext=(14, wanted - y),
+            textcoords="offset pixels", va="center", fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
+def time_by_operation(profile: pd.DataFrame, title: str):
+    """Where the CPU time goes: one bar per run, its groups side by side.
+
+    Args:
+        profile: columns run, group, share (of 1), from `lib.cost.time_by_group`.
+    """
+    shares = profile.pivot(index="run", columns="group", values="share").loc[profile["run"].unique(), profile["group"].unique()]
+    figure, axis = plt.subplots(figsize=(8.4, 0.5 * len(shares) + 1.7))
+    left = np.zeros(len(shares))
+    colours = [COLOURS[name] for name in ("blue", "sky", "orange", "vermilion", "yellow")] + ["0.75"]
+    for group, colour in zip(shares.columns, colours):
+        width = 100 * shares[group].to_numpy()
+        axis.barh(shares.index, width, left=left, color=colour, label=group)
+        for y, (begin, size) in enumerate(zip(left, width)):
+            if size >= 6:
+                axis.text(begin + size / 2, y, f"{size:.0f}", ha="center", va="center", fontsize=8,
+                          color="white" if colour == COLOURS["blue"] else "black")
+        left += width
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("share of CPU time, %")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
