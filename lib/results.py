@@ -142,8 +142,31 @@ def save_figure(figure, name: str, profile: str, caption: str, provenance: list[
 
 
 def _save_provenance(path: Path, caption: str, provenance: list[dict]) -> None:
-    content = {"caption": caption, "results": provenance}
-    write_atomically(path, (json.dumps(content, indent=1, default=str) + "\n").encode())
+    common, own = split_common(json.loads(json.dumps(provenance, default=str)))
+    content = {"caption": caption, "common to all results": common, "results": own}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def split_common(results: list[dict]) -> tuple[dict, list[dict]]:
+    """What all of these (nested) dicts have in common, and what is left of each."""
+    common, own = {}, [dict(result) for result in results]
+    for key, value in (results[0] if results else {}).items():
+        if not all(key in result for result in results):
+            continue
+        values = [result[key] for result in results]
+        if all(v == value for v in values):
+            common[key] = value
+            rests = [None] * len(results)
+        elif all(isinstance(v, dict) for v in values):
+            common[key], rests = split_common(values)
+        else:
+            continue
+        for result, rest in zip(own, rests):
+            if rest:
+                result[key] = rest
+            else:
+                del result[key]
+    return common, own
 
 
 def read_paper(table: str) -> pd.DataFrame:

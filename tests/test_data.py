@@ -419,7 +419,7 @@ def test_a_silent_hub_is_noticed_in_time_and_asked_once(hub, monkeypatch, mode):
     hub.mode = mode
     begin = time.monotonic()
     assert "did not answer within 0.5 seconds" in fall_back()
-    assert 0.4 < time.monotonic() - begin < 3
+    assert 0.4 < time.monotonic() - begin < 10
     sources._search.cache_clear()  # as if another kind of data were wanted
     assert "did not answer within 0.5 seconds" in fall_back() and len(hub.requests) == 1
     hub.mode = "good"
@@ -504,7 +504,7 @@ def test_real_data_loads_whole_and_fast(monkeypatch):
     monkeypatch.setenv("TP_DATA_DIR", REAL)
     begin = time.monotonic()
     datasets = {(task, split): load_sts(task, split) for task, split in TOTALS}
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 20
     for (task, split), dataset in datasets.items():
         assert len(dataset) == TOTALS[task, split] == provenance(dataset)["rows_total"]
         assert min(dataset["score"]) >= (1 if task == "SICK-R" else 0) and max(dataset["score"]) <= 5

@@ -91,13 +91,23 @@ def test_tables_and_figures_carry_caption_and_provenance(tmp_path):
     folder = tmp_path / "figures" / "smoke"
     assert "A caption, sample data" in shown.data and shown.data == (folder / "t.md").read_text()
     assert len(pd.read_csv(folder / "t.csv")) == 2
-    assert json.loads((folder / "t.json").read_text()) == {"caption": "A caption, sample data", "results": [{"seed": 1}]}
+    stored = json.loads((folder / "t.json").read_text())
+    assert stored == {"caption": "A caption, sample data", "common to all results": {"seed": 1}, "results": [{}]}
     for name in ("f", "g"):
         figure, axis = plt.subplots()
         axis.plot([1, 2])
         save_figure(figure, name, "smoke", "Same caption", [{}])
         plt.close(figure)
     assert (folder / "f.png").read_bytes() == (folder / "g.png").read_bytes()  # nothing in it but the picture
+
+
+def test_provenance_says_once_what_all_results_share():
+    results_ = [{"a": 1, "s": {"x": 1, "y": None, "t": {"z": 1}}, "only": 1}, {"a": 1, "s": {"x": 2, "y": None, "t": {"z": 1}}}]
+    common, own = results.split_common(results_)
+    assert common == {"a": 1, "s": {"y": None, "t": {"z": 1}}}
+    assert own == [{"s": {"x": 1}, "only": 1}, {"s": {"x": 2}}]
+    assert results_[0]["s"]["x"] == 1 and results_[1]["s"]["t"] == {"z": 1}  # the argument stays as it was
+    assert results.split_common([]) == ({}, [])
 
 
 @pytest.mark.parametrize("path", sorted(results.PAPER.glob("*.csv")), ids=lambda p: p.stem)

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-from lib.sts import ALL, AVERAGE, bootstrap_spearman, cosine, describe_effects, difference_interval, score_table, spearman, sts_scores
+from lib.sts import (
+    ALL, AVERAGE, bootstrap_spearman, compare_runs, cosine, describe_effects, difference_interval, score_table, spearman, sts_scores,
+)
 
 
 def pairs_table(seed=0, sizes=(("A", "x", 30), ("A", "y", 20), ("B", "z", 40)), noise=1.0):
@@ -89,3 +91,16 @@ def test_describe_effects():
     assert describe_effects(table) == (
         "With TP the average is better for a; worse for b; no different as far as these pairs can tell for c."
     )
+
+
+def test_runs_beside_a_reference_agree_with_the_paired_interval_of_two():
+    generator = np.random.default_rng(3)
+    gold = generator.uniform(0, 5, 80)
+    frame = pd.DataFrame({"task": "t", "subset": "s", "pair": range(80), "gold": gold, "layer": 1})
+    runs = {label: frame.assign(similarity=gold + generator.normal(0, noise, 80)) for label, noise in (("a", 1), ("b", 2), ("c", 3))}
+    table = compare_runs(runs, "a", draws=400).set_index("run")
+    assert table.loc["a", ["difference", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc["b", "score"] == pytest.approx(spearman(gold, runs["b"]["similarity"]))
+    assert (table["score_low"] < table["score"]).all() and (table["score"] < table["score_high"]).all()
+    expected = difference_interval(runs["c"], runs["a"], draws=400).iloc[0]
+    np.testing.assert_allclose(table.loc["c", ["difference", "low", "high"]].astype(float), expected[1:].astype(float))
