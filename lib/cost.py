@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.forward import block_input
 from lib.models import Backbone
+
+# torch's profiler writes two lines of its own to the terminal for every run, unless told otherwise before its first.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # Square matrices large enough to reach the device's peak.
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -44,18 +48,27 @@ def measure(paths: dict[Hashable, Callable[[], object]], rounds: int = 3) -> dic
     Returns name -> seconds of each round. Compare medians as ratios; absolute seconds say little about another machine.
     """
     seconds: dict[Hashable, list[float]] = {name: [] for name in paths}
-    for i in range(rounds):
-        for name in list(paths)[:: -1 if i % 2 else 1]:
-            gc.collect()
-            begin = time.perf_counter()
-            paths[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through again, here or, worse, while the clock runs
+    try:
+        for i in range(rounds):
+            for name in list(paths)[:: -1 if i % 2 else 1]:
+                gc.collect()
+                seconds[name].append(_seconds(paths[name]))
+    finally:
+        gc.unfreeze()
     return seconds
 
 
-def ratio_quartiles(seconds: list[float], reference: list[float]) -> tuple[float, float, float]:
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def ratio_quartiles(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of seconds / reference, taken round by round."""
     low, median, high = np.quantile(np.asarray(seconds) / np.asarray(reference), [0.25, 0.5, 0.75])
     return float(median), float(low), float(high)
@@ -103,8 +116,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 12) -> 
     """Operations per second of a square matrix product in `dtype`: what this machine can reach, the best of `repeats`."""
     size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = measure({"product": lambda: a @ b}, repeats)["product"]
-    return 2 * size**3 / min(seconds[1:])
+    return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(repeats))
 
 
 @contextmanager
@@ -148,3 +160,11 @@ def group_times(events: dict[str, float]) -> list[dict]:
     for operation, own in events.items():
         times[GROUPS.get(operation, OTHER)] += own
     return [{"group": group, "share": own / sum(times.values())} for group, own in times.items()]
+
+
+def pareto_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
+    """Which points no other one beats: none is at most as costly and at least as good, and better in one of the two."""
+    cost, quality = np.asarray(cost), np.asarray(quality)
+    as_good = (cost <= cost[:, None]) & (quality >= quality[:, None])
+    better = (cost < cost[:, None]) | (quality > quality[:, None])
+    return ~(as_good & better).any(axis=1)

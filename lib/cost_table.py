@@ -18,7 +18,7 @@ from lib.encoder import SentenceEncoder
 from lib.models import Backbone
 from lib.results import Result, run_or_load
 from lib.settings import Setting
-from lib.store import ROOT, STORE
+from lib.store import ROOT, STORE, fingerprint
 from lib.sts import bootstrap_spearman, score_table, stored_pairs
 from lib.token_prepending import TokenPrepending
 from lib.workload import PreparedRun, workload
@@ -45,10 +45,20 @@ class Method:
         return SentenceEncoder(backbone, prompt, self.tp, self.exit_layer, pooling, store=store)
 
 
+def _checked(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if REFERENCE not in names:
+        raise ValueError(f"Costs are ratios to {REFERENCE}, which is not among the methods: {', '.join(names)}.")
+    return names
+
+
 def paper_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Method]:
-    """Every method, and with TP where there is a setting for it, all read at PromptEOL's exit layer."""
+    """Every method, and with TP where there is a setting for it, all read at PromptEOL's exit layer.
+
+    Raises `ValueError` if PromptEOL, to which all times are ratios, is not among the names.
+    """
     exit_layer, methods = settings[REFERENCE].exit_layer, []
-    for name in names:
+    for name in _checked(names):
         methods.append(Method(name, VANILLA, exit_layer))
         if name in settings:
             methods.append(Method(name, TP, exit_layer, settings[name].tp))
@@ -56,9 +66,12 @@ def paper_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Me
 
 
 def practical_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Method]:
-    """Every method at the last layer, and where there is a setting at its own exit layer, without and with TP."""
+    """Every method at the last layer, and where there is a setting at its own exit layer, without and with TP.
+
+    Raises `ValueError` as `paper_methods` does.
+    """
     methods = []
-    for name in names:
+    for name in _checked(names):
         methods.append(Method(name, LAST, -1))
         if name in settings:
             exit_layer = settings[name].exit_layer
@@ -66,9 +79,7 @@ def practical_methods(names: Iterable[str], settings: dict[str, Setting]) -> lis
     return methods
 
 
-def run_methods(
-    backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool
-) -> pd.DataFrame:
+def run_methods(backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool) -> pd.DataFrame:
     """Time all methods in one interleaved run, each round with the machine's matmul peak beside them.
 
     Args:
@@ -85,11 +96,8 @@ def run_methods(
         work = workload(encoder, sentences, 1 if one_by_one else None, prefix=not one_by_one)
         with peak_memory(backbone.device) as memory:  # also the warm-up
             run()
-        calls[method] = run
-        counted[method] = {
-            "layer": encoder.exit_layer, "sentences": len(sentences), "tokens": work.tokens, "flops": work.flops,
-            "memory": memory["bytes"],
-        }
+        sums = {"sentences": len(sentences), "tokens": work.tokens, "flops": work.flops, "memory": memory["bytes"]}
+        calls[method], counted[method] = run, {"layer": encoder.exit_layer} | sums
     calls["peak"] = lambda: peaks.append(matmul_peak(backbone.dtype, backbone.device, repeats=4))
     seconds = measure(calls, rounds)
     rows = [
@@ -100,12 +108,17 @@ def run_methods(
 
 
 def stored_run(
-    name: str, backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool
+    name: str, backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool, data: dict
 ) -> Result:
-    """`run_methods` through the result store. A stored time is this machine's: device and threads are part of its key."""
+    """`run_methods` through the result store. A stored time is this machine's: device and threads are part of its key.
+
+    Args:
+        data: where the sentences come from (`lib.data.provenance`); they themselves do not go into a provenance.
+    """
     settings = {
         "methods": [method.encoder(backbone).describe() | {"layer": method.exit_layer} for method in methods],
-        "sentences": sentences, "rounds": rounds, "one_by_one": one_by_one, "threads": torch.get_num_threads(),
+        "data": data, "sentences": [len(sentences), fingerprint(sentences)], "rounds": rounds, "one_by_one": one_by_one,
+        "threads": torch.get_num_threads(),
     }
     code = ("cost", "cost_table", "workload", "forward", "token_prepending")
     return run_or_load(name, settings, lambda: run_methods(backbone, methods, sentences, rounds, one_by_one), code)
@@ -185,11 +198,3 @@ def quality(
             score = score_table({(name, method.variant): pairs})[task].item()
             tables.append({"method": name, "variant": method.variant, "score": score, "from": low, "to": high})
     return pd.DataFrame(tables), provenance
-
-
-def pareto_front(cost: Iterable[float], quality: Iterable[float]) -> np.ndarray:
-    """Which points no other one beats: none is at most as costly and at least as good, and better in one of the two."""
-    cost, quality = np.asarray(list(cost)), np.asarray(list(quality))
-    as_good = (cost <= cost[:, None]) & (quality >= quality[:, None])
-    better = (cost < cost[:, None]) | (quality > quality[:, None])
-    return ~(as_good & better).any(axis=1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, StrMethodFormatter
 
-from lib.cost_table import LAST, SAME, TP, TP_EXIT, VANILLA, pareto_front
+from lib.cost import pareto_front
+from lib.cost_table import LAST, SAME, TP, TP_EXIT, VANILLA
 from lib.plots import COLOURS, PROMPT_LABELS
 
 LABELS = PROMPT_LABELS | {"mean": "mean, no prompt"}
@@ -23,8 +24,7 @@ def _ratio_axis(axis) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(FixedLocator([tick for tick in RATIO_TICKS if low <= tick <= high]))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_locator(FixedLocator([]))
 
 
@@ -51,7 +51,10 @@ def time_ratios(table: pd.DataFrame, title: str, paper: pd.DataFrame | None = No
     axis.set_ylim(len(names) - 0.5, -0.5)
     _ratio_axis(axis)
     axis.set_xlabel("time, PromptEOL without TP = 1 (logarithmic; bars: quartiles of the rounds)")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] not in variants)  # the paper's last
+    axis.legend([handles[i] for i in order], [labels[i] for i in order], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4,
+                frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -60,44 +63,53 @@ def quality_against_cost(points: pd.DataFrame, title: str):
     """Every method in all its variants, the Pareto front through the best of them; a line joins what is one method.
 
     Args:
-        points: columns method, variant, time ratio, low, high, score.
+        points: columns method, variant, time ratio with its quartiles low and high, score with its interval from, to.
     """
     figure, axis = plt.subplots(figsize=(8.4, 5.2))
     best = points[pareto_front(points["time ratio"], points["score"])].sort_values("time ratio")
     axis.step(best["time ratio"], best["score"], where="post", color="0.35", lw=1.4, ls="--", label="Pareto front", zorder=1)
+    axis.vlines(best["time ratio"], best["from"], best["to"], color="0.6", lw=1, label="its 95 % intervals", zorder=1)
     for _, rows in points.groupby("method", sort=False):
         axis.plot(rows["time ratio"], rows["score"], color="0.8", lw=1, zorder=1)
     for variant, rows in points.groupby("variant", sort=False):
         colour, marker = STYLES[variant]
         spread = [rows["time ratio"] - rows["low"], rows["high"] - rows["time ratio"]]
-        axis.errorbar(rows["time ratio"], rows["score"], xerr=spread, fmt=marker, color=colour, ms=7, capsize=2, lw=1, label=variant)
-    right = points.groupby("method", sort=False)["time ratio"].max()
-    axis.set_xlim(points["low"].min() / 1.15, right.max() * 1.6)
+        axis.errorbar(rows["time ratio"], rows["score"], xerr=spread, fmt=marker, color=colour, ms=7, capsize=2, lw=1,
+                      label=variant)
+    axis.set_xlim(points["low"].min() / 1.15, points["high"].max() * 1.8)
     _ratio_axis(axis)
     _name_methods(figure, axis, points)
     axis.set_xlabel("time of the batched encoder, PromptEOL at the last layer = 1 (logarithmic; bars: quartiles of the rounds)")
     axis.set_ylabel("Spearman x 100")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
-def _name_methods(figure, axis, points: pd.DataFrame, gap: float = 15) -> None:
-    """A name beside each method's best point, moved up or down by pixels until none lies on another."""
+def _name_methods(figure, axis, points: pd.DataFrame) -> None:
+    """A name beside each method's best point, at the nearest height where it hides no other name and no point."""
     figure.canvas.draw()
-    best = points.loc[points.groupby("method", sort=False)["score"].idxmax()].sort_values("score")
-    places = axis.transData.transform(best[["time ratio", "score"]].to_numpy())
-    taken: list[tuple[float, float]] = []
-    for (_, row), (x, y) in zip(best.iterrows(), places):
-        wanted = y
-        while any(abs(x - other_x) < 130 and wanted - other_y < gap for other_x, other_y in taken):
-            wanted += 1
-        taken.append((x, wanted))
+    best = points.loc[points.groupby("method", sort=False)["score"].idxmax()]
+
+    def in_points(table, column):
+        return axis.transData.transform(table[[column, "score"]].to_numpy()) * 72 / figure.dpi
+
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in in_points(points, "time ratio")]
+    for (_, row), (x, y) in zip(best.iterrows(), in_points(best, "high")):
+        name = LABELS.get(row["method"], row["method"])
+        boxes = {up: (x + 8, y + up - 6, x + 10 + 5.5 * len(name), y + up + 6) for up in sorted(range(-200, 201), key=abs)}
+        offset = next((up for up, box in boxes.items() if not any(_overlap(box, other) for other in taken)), 0)
+        taken.append(boxes[offset])
         axis.annotate(
-            LABELS.get(row["method"], row["method"]), (row["time ratio"], row["score"]), xytext=(14, wanted - y),
-            textcoords="offset pixels", va="center", fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+            name, (row["high"], row["score"]), xytext=(9, offset), textcoords="offset points", va="center", fontsize=9,
+            zorder=5, bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 2},
         )
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share a point."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def time_by_operation(profile: pd.DataFrame, title: str):

@@ -24,7 +24,7 @@ from lib.store import ROOT, code_version, fingerprint, is_fresh, write_atomicall
 RESULTS = ROOT / "data" / "cache" / "results"
 FIGURES = ROOT / "figures"
 PAPER = ROOT / "data" / "paper"
-PACKAGES = ("torch", "transformers", "datasets", "numpy", "scipy", "pandas")
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "pandas")
 
 # Backbones that the papers report, by hub id.
 PAPER_MODELS = {

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
 
+import pandas as pd
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 
 from lib.encoder import SentenceEncoder, pool
 from lib.forward import block_input, read_states, replace_input
 from lib.models import Backbone
+from lib.sts import ALL, sts_pairs, sts_scores
 from lib.token_prepending import TokenPrepending
 
 
@@ -136,3 +140,29 @@ def shared_blocks(starts_and_ends: Iterable[tuple[int, int]], stop: int) -> tupl
         latest[start] = max(latest.get(start, 0), end)
     branches = sum(max(stop - end, 0) for start, end in settings if end != latest[start])
     return stop * len(latest) + branches, stop * len(settings)
+
+
+def score_settings(
+    backbone: Backbone, prompt: str, settings: Sequence[TokenPrepending | None], data: Dataset, layers: Iterable[int], store=None
+) -> pd.DataFrame:
+    """Spearman x 100 at each layer for TP settings and, for None, the plain model.
+
+    Settings of one start share their first blocks; all settings must have the same place, count, init and seed.
+
+    Args:
+        store: where embeddings are put and looked for; by default in memory, for this call only.
+
+    Returns:
+        Columns prompt, start, end, exit, score, pairs; start and end are -1 for the plain model.
+    """
+    store, layers, tables = MemoryStore() if store is None else store, list(layers), []
+    sentences = [*data["sentence1"], *data["sentence2"]]
+    for start, group in groupby(sorted(filter(None, settings), key=lambda tp: tp.start), key=lambda tp: tp.start):
+        group = list(group)
+        SweepEncoder(backbone, prompt, group[0], [tp.end for tp in group]).fill(sentences, layers, store)
+    for tp in settings:
+        scores = sts_scores(sts_pairs(SentenceEncoder(backbone, prompt, tp, store=store), {"dev": data}, layers))
+        scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)]
+        named = {"prompt": prompt, "start": tp.start if tp else -1, "end": tp.end if tp else -1, "exit": scores["layer"]}
+        tables.append(pd.DataFrame(named | {"score": scores["score"], "pairs": scores["pairs"]}))
+    return pd.concat(tables, ignore_index=True)

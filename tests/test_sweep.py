@@ -12,7 +12,7 @@ from lib import settings
 from lib.data import cap_rows, find_source, load_sts
 from lib.encoder import SentenceEncoder
 from lib.models import Backbone
-from lib.sweep import MemoryStore, SweepEncoder, shared_blocks
+from lib.sweep import MemoryStore, SweepEncoder, score_settings, shared_blocks
 from lib.token_prepending import TokenPrepending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,5 +114,5 @@ def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(m
     best = scores[scores["end"] > 0].nlargest(1, "score").iloc[0]
     line = written["prompts"]["prompteol"]
     assert line["dev_tp"] == round(best["score"], 2)
-    alone = settings.score_settings(backbone, "prompteol", [chosen["prompteol"].tp, None], data, [line["exit"]])
+    alone = score_settings(backbone, "prompteol", [chosen["prompteol"].tp, None], data, [line["exit"]])
     assert alone["score"].round(2).tolist() == [line["dev_tp"], line["dev_vanilla_same_exit"]]
