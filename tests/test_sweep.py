@@ -91,6 +91,7 @@ def test_shared_blocks_are_those_that_run():
     assert len(runs) == shared_blocks([(1, 2), (1, 3), (1, 4)], LAYERS)[0]
 
 
+@pytest.mark.filterwarnings("ignore::lib.data.SampleDataWarning")
 def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(monkeypatch, tmp_path):
     monkeypatch.delenv("TP_DATA_DIR", raising=False)
     monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
@@ -99,8 +100,7 @@ def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(m
     search = functools.partial(settings.search, store=MemoryStore())
     monkeypatch.setattr(settings, "search", search)
     backbone = tiny_backbone()
-    with pytest.warns(UserWarning, match="sample"):
-        source = find_source()
+    source = find_source()
     path = settings.choose(backbone, ["prompteol"], pairs=16)
     settings.choose(backbone, ["metaeol"], pairs=16)
     chosen = settings.load_settings(backbone.name)

@@ -1,0 +1,153 @@
+"""Load an embedder (`lib.embedder_registry`) as an encoder, beside the backbone whose unembedding decodes its embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from lib.adapters import merge_adapter, merged_backbone
+from lib.contrastive import NAME, smollm2_eol_cse
+from lib.embedder_registry import EMBEDDERS, MASK, Embedder, Format, embedder_table, get_embedder, status
+from lib.encoder import SentenceEncoder, pool
+from lib.models import DTYPES, Backbone, ModelNotFoundError, UnsupportedModelError, choose_dtype, find_blocks, load_backbone
+from lib.prompts import PLACEHOLDER, Prompt
+from lib.store import EmbeddingStore
+from lib.tokens import PromptTokenizer, TokenRows
+
+__all__ = ["EMBEDDERS", "Embedder", "EmbedderEncoder", "Format", "embedder_table", "get_embedder", "load_embedder", "status"]
+
+
+class _FramedTokenizer(PromptTokenizer):
+    """Adds a `Format`'s tokens around every prompt, and puts the mask token in its place."""
+
+    def __init__(self, tokenizer, max_length: int, form: Prompt):
+        before, after = getattr(form, "before", ()), getattr(form, "after", ())
+        super().__init__(tokenizer, max_length - len(before) - len(after))
+        self.before, self.after = tokenizer.convert_tokens_to_ids(list(before)), tokenizer.convert_tokens_to_ids(list(after))
+        if set(self.before + self.after) & {None, tokenizer.unk_token_id}:
+            raise UnsupportedModelError(f"This tokenizer has no single tokens for {before} and {after}.")
+        if self.after and tokenizer("")["input_ids"][-len(after):] == self.after:
+            self.after = []  # this tokenizer closes every text with them by itself
+
+    def __call__(self, template: str, sentences: list[str], mean_span: bool = False) -> TokenRows:
+        rows = super().__call__(template.replace(MASK, PLACEHOLDER), sentences, mean_span)
+        if rows.placeholders:
+            rows.first = rows.placeholders
+            for ids, place in zip(rows.ids, rows.placeholders):
+                ids[place] = self.tokenizer.mask_token_id
+        rows.ids = [[*self.before, *ids, *self.after] for ids in rows.ids]
+        rows.first = [first and first + len(self.before) for first in rows.first]
+        rows.prefix = rows.prefix and rows.prefix + len(self.before)
+        return rows
+
+
+class EmbedderEncoder(SentenceEncoder):
+    """A `SentenceEncoder` with an embedder's format and pooling, and its attention to both sides where it has that."""
+
+    def __init__(self, embedder: Embedder, backbone: Backbone, role: str = "query", store: EmbeddingStore | None = None):
+        form = embedder.format(role)
+        known = form.pooling if embedder.causal else "mean"  # the base class refuses those that need both sides
+        super().__init__(backbone, form, pooling=known, share_prefix=embedder.causal, store=store)
+        self.embedder, self.role, self.pooling = embedder, role, form.pooling
+        self._tokenize = _FramedTokenizer(backbone.tokenizer, self.max_length, form)
+
+    def for_role(self, role: str) -> EmbedderEncoder:
+        """The same model with the format of queries or documents."""
+        return EmbedderEncoder(self.embedder, self.backbone, role, self.store)
+
+    def encode(self, sentences, *arguments, normalize_embeddings: bool = False, **options):
+        """As `SentenceEncoder.encode`; of length 1 where the embedder's are."""
+        unit = normalize_embeddings or self.embedder.normalised
+        return super().encode(sentences, *arguments, normalize_embeddings=unit, **options)
+
+    def describe(self) -> dict:
+        frame = {side: list(getattr(self.prompt, side, ())) for side in ("before", "after") if getattr(self.prompt, side, ())}
+        return super().describe() | frame | ({} if self.embedder.causal else {"causal": False})
+
+    @torch.inference_mode()
+    def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
+        if self.embedder.causal:
+            return super()._run(rows, batch, layers, prefix)
+        ids, _, first, last = self._positions(rows, batch)
+        real = torch.arange(ids.shape[1], device=ids.device)[None] <= last[:, None]
+        output = self.backbone.model(input_ids=ids, attention_mask=real.long(), output_hidden_states=True)
+        if self.pooling == "pooler":
+            if layers != [self.backbone.num_layers]:
+                raise ValueError(f"The pooler of {self.embedder.name} works on the last state only, not on {layers}.")
+            return {layers[0]: output.pooler_output}
+        spans = {"mean": (torch.zeros_like(last), last), "sentence_mean": (first, last), "mask": (first, first)}
+        return {n: pool(output.hidden_states[n], "mean", *spans[self.pooling]) for n in layers}
+
+
+def load_embedder(
+    name: str | Embedder, dtype: str = "auto", device: str = "auto", role: str = "query", backbone: Backbone | None = None,
+    store: EmbeddingStore | None = None,
+) -> tuple[EmbedderEncoder, Backbone]:
+    """The encoder of an embedder, and the `Backbone` whose unembedding decodes its embeddings.
+
+    Args:
+        dtype, device: as of `load_backbone`.
+        role: `"query"` (also for texts that are neither, as the official code does) or `"document"`; see `for_role`.
+        backbone: the decoding backbone where it is loaded already; its dtype and device are then taken.
+
+    Raises:
+        ModelNotFoundError: something of it is neither on this machine nor to be had from the hub.
+        UnsupportedModelError: it cannot be loaded by Transformers and peft, or its checkpoint is not what was expected.
+    """
+    embedder = get_embedder(name)
+    state = status(embedder)
+    if state.startswith("not "):
+        raise (UnsupportedModelError if embedder.obstacle else ModelNotFoundError)(f"{embedder.name}: {state}")
+    if backbone is not None and backbone.name != embedder.backbone:
+        raise ValueError(f"{embedder.name} is decoded by {embedder.backbone}, not by {backbone.name}.")
+    decoder = backbone or _load_decoder(embedder, dtype, device)
+    if embedder.adapters == (NAME,):
+        model = smollm2_eol_cse(decoder)[0]
+    elif embedder.causal:
+        same, dtype = embedder.hub == embedder.backbone, str(decoder.dtype).removeprefix("torch.")
+        model = decoder if same else load_backbone(embedder.hub, dtype, str(decoder.device))
+        for adapter in embedder.adapters:
+            model = merged_backbone(model, adapter, embedder.name)
+    else:
+        model = _load_bidirectional(embedder, decoder)
+    return EmbedderEncoder(embedder, replace(model, unembedding=decoder.unembedding), role, store), decoder
+
+
+def _load_decoder(embedder: Embedder, dtype: str, device: str) -> Backbone:
+    if embedder.decoder == "AutoModelForCausalLM":
+        return load_backbone(embedder.backbone, dtype, device)
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = choose_dtype(target)[0] if dtype == "auto" else DTYPES[dtype]
+    model, tokenizer, revision = _from_pretrained(embedder.decoder, embedder.backbone, chosen, target)
+    head = next(part for key, part in model.named_children() if key != model.base_model_prefix)
+    return Backbone(model, tokenizer, find_blocks(model)[0], None, head, embedder.backbone, revision)
+
+
+def _load_bidirectional(embedder: Embedder, decoder: Backbone) -> Backbone:
+    """The embedding model with attention to both sides. A decoder-only one gets it from `config.is_causal`."""
+    may_lack = "" if embedder.query.pooling == "pooler" else "pooler."
+    model, tokenizer, revision = _from_pretrained(embedder.loader, embedder.hub, decoder.dtype, decoder.device, may_lack)
+    for adapter in embedder.adapters:
+        model, revision = merge_adapter(model, adapter), f"{revision} + {Path(adapter).name}"
+    model.config.is_causal = False
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=decoder.device)
+    states = model.eval().requires_grad_(False)(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    if torch.equal(states[0, 0], states[1, 0]):
+        raise UnsupportedModelError(f"{embedder.name} stays causal in this version of Transformers.")
+    return Backbone(model, tokenizer, find_blocks(model)[0], None, decoder.unembedding, embedder.name, revision)
+
+
+def _from_pretrained(loader: str, name: str, dtype: torch.dtype, device: torch.device, may_lack: str = ""):
+    """Model, tokenizer, revision. Refuses a checkpoint that lacks weights, other than those that begin with `may_lack`."""
+    try:
+        model, info = getattr(transformers, loader).from_pretrained(name, dtype=dtype, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"Cannot load {name!r}: {error}") from error
+    missing = [key for key in info["missing_keys"] if not (may_lack and key.startswith(may_lack))]
+    if missing:
+        raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
+    return model.to(device).eval(), tokenizer, getattr(model.config, "_commit_hash", None) or "local folder"

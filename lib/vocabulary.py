@@ -1,0 +1,109 @@
+"""Vocabulary entries as text: what an entry stands for, which entries are the same token, which do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+# English words that say little on their own (closed classes: articles, pronouns, prepositions, conjunctions, auxiliaries), and
+# the endings that tokenizers cut off.
+FUNCTION_WORDS = frozenset("""
+    a an the this that these those some any each every no not all both either neither such here there
+    i me my mine you your yours he him his she her hers it its we us our ours they them their theirs who whom whose which what
+    myself yourself himself herself itself ourselves themselves someone something anyone anything
+    in on at by for with from to of about into onto over under between through during before after above below up down out
+    off against among around behind beside near toward towards upon within without across along as than like via per
+    and or but nor so yet if while because although though until unless since when where why how whether
+    be am is are was were been being do does did done doing have has had having will would shall should can could may might must
+    also just only too very then now again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
+""".split())
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Which vocabulary entries are the same token, and which do not count. A rule makes a new vocabulary.
+
+    Entries that do not count leave both the text and the ranking. Entries that are the same share one token, which stands in
+    the ranking once, where its best entry stands.
+
+    Args:
+        special: whether special tokens (such as a text's first `<s>`) count.
+        merge_space: whether `" dog"` and `"dog"` are the same. A prompt that ends in a quotation mark makes a model expect
+            `"dog"`, while in the text it is `" dog"`.
+        merge_case: whether `"dog"` and `"Dog"` are the same.
+        function_words: whether `FUNCTION_WORDS` (in any case and spacing) and entries without letter and digit count.
+    """
+
+    special: bool = False
+    merge_space: bool = True
+    merge_case: bool = True
+    function_words: bool = True
+
+
+# From the official code's rule (exact ids of `tokenizer.encode`) to the strictest, one change at a time.
+RULES = {
+    "exact ids (official code)": TokenRule(special=True, merge_space=False, merge_case=False),
+    "no special tokens": TokenRule(merge_space=False, merge_case=False),
+    "and spaces merged": TokenRule(merge_case=False),
+    "and case merged": TokenRule(),
+    "and content words only": TokenRule(function_words=False),
+}
+OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
+
+
+@lru_cache(maxsize=16)
+def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
+    """The token each of the `size` vocabulary entries is under a rule, int64 (size,), read-only.
+
+    A token goes by the smallest id of its entries; -1 stands for entries that do not count.
+    """
+    first: dict[str, int] = {}
+    classes = np.arange(size)
+    for i, text in enumerate(token_texts(tokenizer, range(size))):
+        word = text.strip().lower()
+        if not rule.function_words and (word in FUNCTION_WORDS or not any(c.isalnum() for c in word)):
+            classes[i] = -1
+            continue
+        if rule.merge_space and word:
+            text = text.removeprefix(" ")
+        if rule.merge_space or rule.merge_case:
+            classes[i] = first.setdefault(text.lower() if rule.merge_case else text, i)
+    if not rule.special:
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        classes[[i for i in special if i < size]] = -1
+    classes.flags.writeable = False
+    return classes
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """What vocabulary entries stand for, with their leading space.
+
+    An entry that is only a part of a character, and a row of the unembedding that no token belongs to, come back as
+    `<id 123>`, so that different entries never look the same.
+    """
+    ids = [int(i) for i in ids]
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    for k, (i, name) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids))):
+        if name is None or "\ufffd" in texts[k] and not name.startswith("▁"):
+            texts[k] = f"<id {i}>"
+        elif name.startswith("▁"):  # SentencePiece: decoding one token alone would drop its space
+            texts[k] = name.replace("▁", " ")
+    return texts
+
+
+def visible(text: str) -> str:
+    """A token for display: its leading spaces as `␣`, line breaks and other invisible characters as escapes."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    spaces = len(shown) - len(shown.lstrip(" "))
+    return "␣" * spaces + shown[spaces:]
+
+
+def text_tokens(tokenizer, texts: Sequence[str], classes: np.ndarray) -> list[np.ndarray]:
+    """T of each text, int64: its ids as the tokenizer encodes it, special tokens included, as tokens that count."""
+    rows = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    tokens = [classes[np.asarray(row, np.int64)] for row in rows]
+    return [row[row >= 0] for row in tokens]
