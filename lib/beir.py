@@ -6,22 +6,18 @@ in `data/README.md`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import WeakFileLock
 
 from lib import sources
 from lib.data import cap_rows, provenance
-from lib.download import HUB_TIMEOUT, DownloadError, ask_hub
+from lib.download import DownloadError, fetch_files
 from lib.sources import DataError, DataSource, SampleDataWarning, make_dataset, read_lines
 
 SAMPLE = "sample"
@@ -157,7 +153,7 @@ def find_beir(name: str) -> DataSource:
     reason = "it is not on the hub"
     try:
         if known.repo and not path.is_dir():
-            _fetch(known.repo, path)
+            fetch_files(known.repo, HUB_FILES, path)
         if path.is_dir():
             return DataSource("downloads", path)
     except DownloadError as error:
@@ -267,36 +263,3 @@ def _excluded(known: BeirSet, folder: Path, hashes: dict, documents: dict, queri
             raise DataError(f"{folder / known.excluded}: no such query and document: {query!r}, {document!r}.")
         excluded[query] = excluded.get(query, frozenset()) | {document}
     return excluded
-
-
-def _fetch(repo: str, target: Path) -> None:
-    """Download `HUB_FILES` of a dataset repository into `target`, which appears only when all of them are what the hub
-    states. What an interrupted download left is used by the next one. Raises `DownloadError`, whatever went wrong.
-    """
-    stated = {name: ask_hub(repo, name) for name in HUB_FILES}
-    partial = target.parent / f".{target.name}-partial"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(target.parent / f".{target.name}.lock"):
-            if target.is_dir():
-                return
-            for name, about in stated.items():
-                file = hf_hub_download(
-                    repo, name, repo_type="dataset", revision=about.commit_hash, local_dir=partial, token=False,
-                    endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, etag_timeout=HUB_TIMEOUT,
-                )
-                _check(Path(file), about.etag)
-            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
-            partial.rename(target)
-    except DownloadError:
-        raise
-    except Exception as error:  # network or disk: a reason to state
-        raise DownloadError(f"{repo} could not be fetched: {type(error).__name__}: {str(error).splitlines()[:1]}") from error
-
-
-def _check(path: Path, stated: str | None) -> None:
-    """Compare with the hash that the hub states: SHA-256 of a large file, git's SHA-1 of a small one."""
-    content = path.read_bytes()
-    if stated not in (hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()):
-        path.unlink()
-        raise DownloadError(f"{path.name} was damaged on the way and deleted: its hash is not {stated}, as the hub states")

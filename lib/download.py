@@ -1,4 +1,7 @@
-"""One archive from the Hugging Face hub: asked for once, checked by its hash, unpacked safely, and whole or not at all."""
+"""Files of a dataset repository on the Hugging Face hub: asked for once, checked by hash, and whole or not at all.
+
+An archive is unpacked safely.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 
@@ -49,6 +52,39 @@ def fetch_archive(repo: str, filename: str, target: Path, holds: str) -> None:
         raise
     except Exception as error:  # network, disk, archive: all of it is a reason to state, none of it to stop a notebook
         raise DownloadError(_reason(error, f"{repo}/{filename}")) from error
+
+
+def fetch_files(repo: str, names: Sequence[str], target: Path) -> None:
+    """Download files of a dataset repository into the folder `target`, which appears only when all of them are what the
+    hub states. What an interrupted download left is used by the next one. Raises `DownloadError`, whatever went wrong.
+    """
+    stated = {name: ask_hub(repo, name) for name in names}
+    partial = target.parent / f".{target.name}-partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(target.parent / f".{target.name}.lock"):
+            if target.is_dir():
+                return
+            for name, about in stated.items():
+                file = hf_hub_download(
+                    repo, name, repo_type="dataset", revision=about.commit_hash, local_dir=partial, token=False,
+                    endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT,
+                )
+                _check(Path(file), about.etag)
+            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
+            partial.rename(target)
+    except DownloadError:
+        raise
+    except Exception as error:  # network or disk: a reason to state, none to stop a notebook
+        raise DownloadError(_reason(error, repo)) from error
+
+
+def _check(path: Path, stated: str | None) -> None:
+    """Compare with the hash that the hub states: SHA-256 of a large file, git's SHA-1 of a small one."""
+    content = path.read_bytes()
+    if stated not in (hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()):
+        path.unlink()
+        raise DownloadError(f"{path.name} was damaged on the way and deleted: its hash is not {stated}, as the hub states")
 
 
 def ask_hub(repo: str, filename: str) -> HfFileMetadata:

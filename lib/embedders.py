@@ -15,9 +15,10 @@ from lib.encoder import SentenceEncoder, pool
 from lib.models import DTYPES, Backbone, ModelNotFoundError, UnsupportedModelError, choose_dtype, find_blocks, load_backbone
 from lib.prompts import PLACEHOLDER, Prompt
 from lib.store import EmbeddingStore
+from lib.token_prepending import TokenPrepending
 from lib.tokens import PromptTokenizer, TokenRows
 
-__all__ = ["EMBEDDERS", "Embedder", "EmbedderEncoder", "Format", "embedder_table", "get_embedder", "load_embedder", "status"]
+__all__ = ["EMBEDDERS", "Embedder", "EmbedderEncoder", "Format", "embedder_of", "embedder_table", "get_embedder", "load_embedder", "status"]
 
 
 class _FramedTokenizer(PromptTokenizer):
@@ -34,7 +35,7 @@ class _FramedTokenizer(PromptTokenizer):
 
     def __call__(self, template: str, sentences: list[str], mean_span: bool = False) -> TokenRows:
         rows = super().__call__(template.replace(MASK, PLACEHOLDER), sentences, mean_span)
-        if rows.placeholders:
+        if MASK in template:
             rows.first = rows.placeholders
             for ids, place in zip(rows.ids, rows.placeholders):
                 ids[place] = self.tokenizer.mask_token_id
@@ -47,16 +48,20 @@ class _FramedTokenizer(PromptTokenizer):
 class EmbedderEncoder(SentenceEncoder):
     """A `SentenceEncoder` with an embedder's format and pooling, and its attention to both sides where it has that."""
 
-    def __init__(self, embedder: Embedder, backbone: Backbone, role: str = "query", store: EmbeddingStore | None = None):
+    def __init__(
+        self, embedder: Embedder, backbone: Backbone, role: str = "query", store: EmbeddingStore | None = None,
+        tp: TokenPrepending | None = None, max_length: int = 512,
+    ):
         form = embedder.format(role)
         known = form.pooling if embedder.causal else "mean"  # the base class refuses those that need both sides
-        super().__init__(backbone, form, pooling=known, share_prefix=embedder.causal, store=store)
+        super().__init__(backbone, form, tp, pooling=known, max_length=max_length, share_prefix=embedder.causal, store=store)
         self.embedder, self.role, self.pooling = embedder, role, form.pooling
         self._tokenize = _FramedTokenizer(backbone.tokenizer, self.max_length, form)
 
-    def for_role(self, role: str) -> EmbedderEncoder:
-        """The same model with the format of queries or documents."""
-        return EmbedderEncoder(self.embedder, self.backbone, role, self.store)
+    def changed(self, **changes) -> EmbedderEncoder:
+        """The same model with another role (the format of queries or documents), TP or max_length."""
+        kept = {"role": self.role, "tp": self.tp, "max_length": self.max_length}
+        return EmbedderEncoder(self.embedder, self.backbone, store=self.store, **(kept | changes))
 
     def encode(self, sentences, *arguments, normalize_embeddings: bool = False, **options):
         """As `SentenceEncoder.encode`; of length 1 where the embedder's are."""
@@ -90,7 +95,7 @@ def load_embedder(
 
     Args:
         dtype, device: as of `load_backbone`.
-        role: `"query"` (also for texts that are neither, as the official code does) or `"document"`; see `for_role`.
+        role: `"query"` (also for texts that are neither, as the official code does) or `"document"`; see `changed`.
         backbone: the decoding backbone where it is loaded already; its dtype and device are then taken.
 
     Raises:
@@ -114,6 +119,23 @@ def load_embedder(
     else:
         model = _load_bidirectional(embedder, decoder)
     return EmbedderEncoder(embedder, replace(model, unembedding=decoder.unembedding), role, store), decoder
+
+
+def embedder_of(backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None) -> SentenceEncoder:
+    """The encoder of an embedder that `backbone` decodes.
+
+    Args:
+        name: in the registry; "auto" takes the first that was trained from this backbone and can be had. Where there is
+            none it takes the backbone under PromptEOL, which the paper counts among its embedders too.
+
+    Raises: as `load_embedder`.
+    """
+    if name == "auto":
+        trained = [e for e in EMBEDDERS.values() if e.backbone == backbone.name and (e.adapters or e.hub != e.backbone)]
+        name = next((e.name for e in trained if not status(e).startswith("not ")), "")
+    if not name:
+        return SentenceEncoder(backbone, "prompteol", store=store)
+    return load_embedder(name, backbone=backbone, store=store)[0]
 
 
 def _load_decoder(embedder: Embedder, dtype: str, device: str) -> Backbone:

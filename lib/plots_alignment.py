@@ -16,6 +16,12 @@ COLOUR_CYCLE = ("blue", "vermilion", "green", "orange", "purple", "sky", "black"
 STYLES = ("-", "--", "-.", ":")
 
 
+def method_label(method: str) -> str:
+    """How figures and tables name a method: `prompteol + TP` becomes `PromptEOL + TP`."""
+    prompt, plus, tp = method.partition(" + ")
+    return f"{PROMPT_LABELS.get(prompt, prompt)}{plus}{tp}"
+
+
 def token_labels(tokens: Sequence[str]) -> list[str]:
     """Tokens as matplotlib can draw them: its font's missing characters as escapes, no `$` taken for mathematics."""
     known = get_font(findfont(FontProperties())).get_charmap()
@@ -148,21 +154,21 @@ def contribution_bars(tables: dict[str, pd.DataFrame], title: str):
     return figure
 
 
-def shift_curves(sweep: pd.DataFrame, marks: dict[str, float], title: str):
+def shift_curves(sweep: pd.DataFrame, title: str):
     """Alignment as embeddings are shifted along the first component, with interval bands: one panel per metric.
 
     Args:
-        sweep: columns method, amount, metric, value, low, high. marks: label -> amount of a vertical line (such as v_1).
+        sweep: columns method, amount (in multiples of the method's v_1), metric, value, low, high.
     """
     metrics, methods = (list(sweep[column].unique()) for column in ("metric", "method"))
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics) + 0.6, 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         of = sweep[sweep["metric"] == metric]
         _bands(axis, [(m, of[of["method"] == m]) for m in methods], "amount")
-        for label, amount in marks.items():
+        for label, amount in {"as it is": 0, "$v_1$": 1}.items():
             axis.axvline(amount, color="0.35", lw=1, ls=":")
             axis.annotate(label, (amount, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8.5, color="0.35")
-        axis.set_xlabel(r"shift $\lambda$ along the first component")
+        axis.set_xlabel(r"shift $\lambda$ along the first component, in multiples of $v_1$")
         axis.set_ylabel(metric)
     _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
     return figure

@@ -78,6 +78,11 @@ def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], 
     return Result(pd.DataFrame(**stored["value"]), {key: stored[key] for key in ("settings", "environment", "seconds")}, reused)
 
 
+def stated(settings: dict) -> dict:
+    """The provenance of what is computed anew in every run, from stored embeddings and with nothing stored itself."""
+    return {"settings": settings, "environment": environment(), "seconds": None}
+
+
 def _read(path: Path) -> dict | None:
     if not path.exists() or not is_fresh(path):
         return None

@@ -472,8 +472,8 @@ def test_curves_have_their_interval_and_their_labels(drawn):
     assert len(figure.axes) == 4 and all(len(a.lines) == 2 and len(a.collections) == 2 for a in figure.axes)
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["plain", "TP"]
     sweep = pd.concat([points.rename(columns={"layer": "amount"}).assign(method=m, metric="LAR") for m in ("a", "b", "c")])
-    figure = drawn(shift_curves(sweep, {"$v_1$": 1.5}, "title"))
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b", "c"] and len(figure.axes[0].lines) == 4
+    figure = drawn(shift_curves(sweep, "title"))
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b", "c"] and len(figure.axes[0].lines) == 5
     dots = pd.concat(points.assign(method=["none", "ke"], variant=variant, metric="LAR") for variant in ("plain", "TP"))
     figure = drawn(scores_by_method(dots, "title"))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["no prompt", "KE"]

@@ -152,7 +152,7 @@ def test_gpt_neo_weighted_mean_in_brackets(saved):
     for role, (before, after) in {"query": "[]", "document": "{}"}.items():
         before, after = tokenizer.convert_tokens_to_ids([before, after])
         expected = [weighted(states(model, [before, *tokenizer(text)["input_ids"], after])) for text in TEXTS]
-        assert_same(encoder.for_role(role).encode(TEXTS), torch.stack(expected), role)
+        assert_same(encoder.changed(role=role).encode(TEXTS), torch.stack(expected), role)
     assert tokenizer("bone [1]")["input_ids"][-1] == tokenizer.convert_tokens_to_ids("]")  # the text's own stays, ours is added
     assert decoder.name == str(base) and encoder.backbone.unembedding is decoder.unembedding
 
@@ -193,7 +193,7 @@ def test_an_embedder_without_format_of_its_own_shares_the_store_with_the_plain_e
     template = plain.prompt.templates[0]
     assert encoder.key(template, 4, ["a"]) == plain.key(template, 4, ["a"])
     framed, _ = load_embedder(own("sgpt_msmarco", saved("gpt_neo")), **HERE)
-    keys = {framed.for_role(role).key("{sentence}", 4, ["a"]) for role in ("query", "document")}
+    keys = {framed.changed(role=role).key("{sentence}", 4, ["a"]) for role in ("query", "document")}
     assert len(keys) == 2
 
 
@@ -204,7 +204,7 @@ def test_e5_mistral_reads_a_closing_token_and_has_length_1(saved):
     for role, head in {"query": instruction, "document": ""}.items():
         rows = [[*tokenizer(head + text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
         expected = torch.stack([states(model, row)[-1] for row in rows])
-        ours = encoder.for_role(role).encode(TEXTS)
+        ours = encoder.changed(role=role).encode(TEXTS)
         assert_same(ours, torch.nn.functional.normalize(expected, dim=1), role)
         assert np.linalg.norm(ours, axis=1) == pytest.approx(1, abs=1e-5)
 

@@ -1,0 +1,112 @@
+"""A retrieval set under one encoder: its aligned tokens, its rankings, and the study of sparse retrieval's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from lib.alignment import decode_logits, output_matrix
+from lib.beir import RetrievalData
+from lib.data import provenance
+from lib.embedders import EmbedderEncoder
+from lib.encoder import SentenceEncoder
+from lib.models import Backbone
+from lib.retrieval import DenseRetriever, Ranking, evaluate_retrieval
+from lib.sparse import AlignedTokens, SparseRetriever, SparseSetting, logit_chunks, mean_logits, strongest_tokens
+from lib.spectrum import principal_components, remove_component
+from lib.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes
+
+# How logits become weights: name -> what differs from `SparseSetting`'s defaults.
+WEIGHTINGS = {
+    "logit": {"centred": False},
+    "logit - mean": {},
+    "log(1 + logit - mean)": {"weight": "log1p"},
+    "(logit - mean) x idf": {"idf": True},
+    "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
+}
+
+
+@dataclass
+class EncodedSet:
+    """Embeddings of a retrieval set's documents and queries, float32 (texts, hidden), and what decodes them.
+
+    Args:
+        layer: that of the embeddings. deepest: the highest K and M that tokens are kept for.
+    """
+
+    data: RetrievalData
+    documents: np.ndarray
+    queries: np.ndarray
+    decoder: Backbone
+    layer: int
+    deepest: tuple[int, int]
+    _tokens: dict = field(default_factory=dict)
+
+    def own(self, rule: TokenRule = DEFAULT_RULE) -> list[np.ndarray]:
+        """The tokens of each query's text, int64."""
+        return text_tokens(self.decoder.tokenizer, self.data.queries["text"], self._classes(rule))
+
+    def tokens(self, centred: bool, rule: TokenRule = DEFAULT_RULE) -> tuple[AlignedTokens, AlignedTokens]:
+        """The aligned tokens of documents and of queries; `centred` subtracts the documents' mean logits from both."""
+        if (centred, rule) not in self._tokens:
+            chunks = partial(logit_chunks, logits=partial(decode_logits, self.decoder, layer=self.layer), classes=self._classes(rule))
+            mean = mean_logits(chunks(self.documents)) if centred else None
+            sides = zip((self.documents, self.queries), self.deepest)
+            self._tokens[centred, rule] = tuple(strongest_tokens(chunks(side), k, mean) for side, k in sides)
+        return self._tokens[centred, rule]
+
+    def sparse(self, setting: SparseSetting, queries: Sequence[str], rule: TokenRule = DEFAULT_RULE) -> Ranking:
+        """The ranking of these queries (ids) by aligned tokens."""
+        documents, of_queries = self.tokens(setting.centred, rule)
+        retriever, own, at = SparseRetriever(self.data.corpus["id"], documents, setting), self.own(rule), self._at(queries)
+        return retriever.search(queries, retriever.queries([own[i] for i in at], of_queries[at]))
+
+    def dense(self, queries: Sequence[str]) -> Ranking:
+        """The ranking of these queries (ids) by cosine similarity."""
+        return DenseRetriever(self.data.corpus["id"], self.documents).search(queries, self.queries[self._at(queries)])
+
+    def without_first_component(self) -> EncodedSet:
+        """The same without the first principal component of the documents' embeddings (uncentred)."""
+        first = principal_components(self.documents)[0][0]
+        sides = {name: remove_component(getattr(self, name), first) for name in ("documents", "queries")}
+        return replace(self, **sides, _tokens={})
+
+    def _classes(self, rule: TokenRule) -> np.ndarray:
+        return token_classes(self.decoder.tokenizer, len(output_matrix(self.decoder)), rule)
+
+    def _at(self, queries: Sequence[str]) -> list[int]:
+        place = {query: i for i, query in enumerate(self.data.queries["id"])}
+        return [place[query] for query in queries]
+
+
+def encode_set(
+    encoder: SentenceEncoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int]
+) -> tuple[EncodedSet, dict]:
+    """Encode a set through the encoder's store, so that an interrupted run goes on; also what it was made of.
+
+    An embedder reads documents in its format for documents, where it has one.
+    """
+    of_documents = encoder.changed(role="document") if isinstance(encoder, EmbedderEncoder) else encoder
+    sides = [e.encode(list(d["text"])) for e, d in ((of_documents, data.corpus), (encoder, data.queries))]
+    about = {"documents": of_documents.describe(), "queries": encoder.describe(), "exit_layer": encoder.exit_layer,
+             "decoder": decoder.describe(), "corpus": provenance(data.corpus), "query data": provenance(data.queries)}
+    return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest), about
+
+
+def study_settings(
+    encoded: EncodedSet, queries: Sequence[str], ks: Iterable[int], ms: Iterable[int], excluded: bool = True
+) -> pd.DataFrame:
+    """nDCG@10 of every K, M and weighting on these queries (ids): columns k, m, weighting, score.
+
+    `excluded` takes the documents of `RetrievalData.excluded` out of the rankings.
+    """
+    out, rows = encoded.data.excluded if excluded else None, []
+    for k, m, (name, changes) in product(ks, ms, WEIGHTINGS.items()):
+        ranking = encoded.sparse(SparseSetting(k, m, **changes), queries)
+        rows.append((k, m, name, evaluate_retrieval(ranking, encoded.data.qrels, out)["nDCG@10"].mean()))
+    return pd.DataFrame(rows, columns=["k", "m", "weighting", "score"])
