@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,10 @@ from lib.alignment import alignment_metrics, alignment_scores, embedding_ranks
 from lib.models import Backbone
 from lib.spectrum import centre, component_variation, principal_components, remove_component, shift_component
 from lib.sts import bootstrap_spearman, compare_runs, cosine, spearman
+from lib.vocabulary import CONTENT_RULE, DEFAULT_RULE, TokenRule
+
+CONTENT = ", content words"
+STUDIED = ("Hit@10", "LAR", f"Hit@10{CONTENT}", f"LAR{CONTENT}")
 
 
 def gain_relation(
@@ -62,6 +66,17 @@ def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes:
     return pd.DataFrame(rows)
 
 
+def two_rule_scores(runs: Callable[[TokenRule], dict[str, pd.DataFrame]], ks: Sequence[int] = (10,), draws: int = 200) -> pd.DataFrame:
+    """`lib.alignment.alignment_scores` of all tokens, and of content words alone (metrics named so).
+
+    Args:
+        runs: counting rule -> label -> table from `lib.alignment.token_ranks`.
+    """
+    content = alignment_scores(runs(CONTENT_RULE), ks, draws=draws)
+    content["metric"] += CONTENT
+    return pd.concat([alignment_scores(runs(DEFAULT_RULE), ks, draws=draws), content], ignore_index=True)
+
+
 def shift_study(
     backbone: Backbone, states: dict[str, np.ndarray], texts: Sequence[str], first: dict[str, np.ndarray],
     v1: dict[str, float], multiples: Sequence[float], draws: int = 200,
@@ -72,15 +87,15 @@ def shift_study(
         states: method -> embeddings (texts, hidden). first, v1: method -> u_1 (hidden,) and v_1.
 
     Returns:
-        Columns method, amount (m), metric (Hit@10 and LAR), value, low, high.
+        Columns method, amount (m), metric (of `STUDIED`), value, low, high.
     """
     tables = []
     for method, h in states.items():
         moved = {m: shift_component(h, first[method], m * v1[method]) for m in multiples}
-        ranks = {m: embedding_ranks(backbone, embeddings, -1, texts) for m, embeddings in moved.items()}
-        tables.append(alignment_scores(ranks, (10,), draws=draws).rename(columns={"run": "amount"}).assign(method=method))
+        scores = two_rule_scores(lambda rule: {m: embedding_ranks(backbone, e, -1, texts, rule) for m, e in moved.items()}, draws=draws)
+        tables.append(scores.rename(columns={"run": "amount"}).assign(method=method))
     table = pd.concat(tables)
-    return table[table["metric"].isin(["Hit@10", "LAR"])]
+    return table[table["metric"].isin(STUDIED)]
 
 
 def adjustments(
@@ -94,7 +109,7 @@ def adjustments(
             embeddings that mean, components and v_1 come from.
 
     Returns:
-        Columns method, adjustment, Hit@10, LAR, STS (Spearman x 100), change, low, high: of STS against no adjustment.
+        Columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), change, low, high: of STS against no adjustment.
     """
     at, tables = _places(data, texts), []
     for method, h in states.items():
@@ -103,13 +118,13 @@ def adjustments(
             "none": h, "shifted by v_1": shift_component(h, u1, v1[method]),
             "mean subtracted": centre(h, corpus[method].mean(axis=0)), "first component removed": remove_component(h, u1),
         }
-        scores = alignment_scores({k: embedding_ranks(backbone, e, -1, texts) for k, e in adjusted.items()}, (10,), draws=2)
-        aligned = scores.pivot(index="run", columns="metric", values="value")[["Hit@10", "LAR"]]
+        scores = two_rule_scores(lambda rule: {k: embedding_ranks(backbone, e, -1, texts, rule) for k, e in adjusted.items()}, draws=2)
+        aligned = scores.pivot(index="run", columns="metric", values="value")[list(STUDIED)]
         runs = {k: pd.DataFrame({"gold": data["score"], "similarity": cosine(e[at[0]], e[at[1]])}) for k, e in adjusted.items()}
         sts = compare_runs(runs, "none", draws).set_index("run")[["score", "difference", "low", "high"]]
         tables.append(aligned.loc[list(adjusted)].join(sts).reset_index(names="adjustment").assign(method=method))
     table = pd.concat(tables).rename(columns={"score": "STS", "difference": "change"})
-    return table[["method", "adjustment", "Hit@10", "LAR", "STS", "change", "low", "high"]]
+    return table[["method", "adjustment", *STUDIED, "STS", "change", "low", "high"]]
 
 
 def _places(data: Dataset, texts: Sequence[str]) -> np.ndarray:

@@ -47,7 +47,7 @@ class Training:
     prompt: str = "prompteol"
     steps: int = 60
     sample_steps: int = 4
-    pairs: int = 64
+    pairs: int = 32
     tokens: int = 96
     learning_rate: float = 5e-4
     temperature: float = 0.05

@@ -168,7 +168,7 @@ def shift_curves(sweep: pd.DataFrame, title: str):
         for label, amount in {"as it is": 0, "$v_1$": 1}.items():
             axis.axvline(amount, color="0.35", lw=1, ls=":")
             axis.annotate(label, (amount, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8.5, color="0.35")
-        axis.set_xlabel(r"shift $\lambda$ along the first component, in multiples of $v_1$")
+        axis.set_xlabel(r"shift $\lambda$ along $u_1$, in multiples of $v_1$", fontsize=9)
         axis.set_ylabel(metric)
     _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
     return figure
@@ -184,7 +184,9 @@ def _bands(axis, lines: list[tuple[str, pd.DataFrame]], x: str) -> None:
 
 
 def _head(figure, handles: list, title: str) -> None:
-    """The title above the panels on the left, in lines that leave room for the legend on the right."""
+    """The title above the panels on the left, the legend beside it or, if it is long, below the panels."""
+    beside = 0 < len(handles) <= 3
     if handles:
-        figure.legend(handles=handles, ncol=len(handles), loc="outside upper right", frameon=False, fontsize=9)
-    figure.suptitle(fill(title, int((7 if handles else 12) * figure.get_figwidth())), fontsize=10, x=0.01, ha="left")
+        place = "outside upper right" if beside else "outside lower center"
+        figure.legend(handles=handles, ncol=len(handles), loc=place, frameon=False, fontsize=9)
+    figure.suptitle(fill(title, int((7 if beside else 12) * figure.get_figwidth())), fontsize=10, x=0.01, ha="left")

@@ -70,7 +70,7 @@ def test_shifting_by_nothing_changes_nothing_and_by_much_does(backbone):
     states = np.random.default_rng(1).normal(size=(4, 32)).astype(np.float32)
     u1 = principal_components(states)[0][0]
     table = shift_study(backbone, {"m": states}, TEXTS, {"m": u1}, {"m": -3.0}, [0.0, 1.0, 200.0], draws=20)
-    assert set(table["metric"]) == {"Hit@10", "LAR"} and set(table["amount"]) == {0.0, 1.0, 200.0}
+    assert set(table["metric"]) == set(alignment_study.STUDIED) and set(table["amount"]) == {0.0, 1.0, 200.0}
     at = table[table["metric"] == "LAR"].set_index("amount")["value"]
     unmoved = alignment_study.embedding_ranks(backbone, states, -1, TEXTS)
     assert at[0.0] == pytest.approx(alignment_study.alignment_metrics(unmoved, (10,))["LAR"].mean())

@@ -18,10 +18,11 @@ from transformers import (
 import lib.embedder_registry as registry
 from lib.contrastive import NAME
 from lib.download import DownloadError
-from lib.embedders import EMBEDDERS, Embedder, Format, embedder_table, get_embedder, load_embedder, status
+from lib.embedders import EMBEDDERS, Embedder, Format, embedder_of, embedder_table, get_embedder, load_embedder, status
 from lib.encoder import POOLINGS, SentenceEncoder
 from lib.models import ModelNotFoundError, UnsupportedModelError, load_backbone
 from lib.store import EmbeddingStore
+from lib.token_prepending import TokenPrepending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,6 +196,28 @@ def test_an_embedder_without_format_of_its_own_shares_the_store_with_the_plain_e
     framed, _ = load_embedder(own("sgpt_msmarco", saved("gpt_neo")), **HERE)
     keys = {framed.changed(role=role).key("{sentence}", 4, ["a"]) for role in ("query", "document")}
     assert len(keys) == 2
+
+
+def test_the_embedder_of_a_backbone(saved, lora, monkeypatch):
+    folder, _ = lora("llama")
+    base = load_backbone(str(saved("llama")), **HERE)
+    assert isinstance(embedder_of(base), SentenceEncoder) and embedder_of(base).backbone is base  # PromptEOL
+    trained = own("llama_eol_cse", saved("llama"), adapters=(str(folder),))
+    monkeypatch.setitem(EMBEDDERS, "ours", replace(trained, name="ours"))
+    found = embedder_of(base)
+    assert found.embedder.name == "ours" and found.backbone is not base
+    np.testing.assert_array_equal(found.encode("A man."), embedder_of(base, "ours").encode("A man."))
+    with pytest.raises(ValueError, match="Unknown embedder"):
+        embedder_of(base, "nothing")
+
+
+def test_a_changed_embedder_takes_tp_and_a_length(saved, lora):
+    folder, _ = lora("llama")
+    encoder, base = load_embedder(own("llama_eol_cse", saved("llama"), adapters=(str(folder),)), **HERE)
+    tp = TokenPrepending(1, 2)
+    expected = SentenceEncoder(encoder.backbone, "prompteol", tp).encode("A man eats.")
+    np.testing.assert_array_equal(encoder.changed(tp=tp).encode("A man eats."), expected)
+    assert encoder.tp is None and encoder.changed(max_length=40).max_length == 40 and encoder.changed(tp=tp).changed(role="document").tp == tp
 
 
 def test_e5_mistral_reads_a_closing_token_and_has_length_1(saved):
