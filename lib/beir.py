@@ -10,9 +10,10 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, Features, Value
 
 from lib import sources
@@ -166,6 +167,27 @@ def find_beir(name: str) -> DataSource:
     )
 
 
+def sample_set(data: RetrievalData, queries: int | None, documents: int | None, seed: int = 0) -> RetrievalData:
+    """A smaller set: at most so many seeded queries, and of the documents those judged or excluded for them and seeded
+    others, at most so many if that is possible. None takes all. In fewer documents, relevant ones are easier to find.
+    """
+    kept = cap_rows(data.queries, queries, seed)
+    needed = {document for query in kept["id"] for document in (*data.qrels[query], *data.excluded.get(query, ()))}
+    others = [i for i, document in enumerate(data.corpus["id"]) if document not in needed]
+    room = len(others) if documents is None else max(0, documents - (len(data.corpus) - len(others)))
+    if room >= len(others):
+        return replace(data, queries=kept)
+    drawn = set(np.random.default_rng(seed).choice(others, room, replace=False).tolist())
+    corpus = data.corpus.select([i for i, document in enumerate(data.corpus["id"]) if document in needed or i in drawn])
+    _add_cap(corpus, {"documents": documents, "judged for queries": len(kept), "seed": seed})
+    return replace(data, corpus=corpus, queries=kept)
+
+
+def _add_cap(dataset: Dataset, cap: dict) -> None:
+    about = {k: v for k, v in provenance(dataset).items() if k != "rows"}
+    dataset.info.description = json.dumps(about | {"caps": [*about["caps"], cap]})
+
+
 def hold_out(queries: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split queries into `count` to choose settings on (drawn as in `cap_rows`) and the rest to report on.
 
@@ -176,8 +198,7 @@ def hold_out(queries: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]
     chosen = cap_rows(queries, count, seed)
     held = set(chosen["id"])
     rest = queries.select([i for i, query in enumerate(queries["id"]) if query not in held])
-    about = {k: v for k, v in provenance(queries).items() if k != "rows"}
-    rest.info.description = json.dumps(about | {"caps": [*about["caps"], {"without": {"count": count, "seed": seed}}]})
+    _add_cap(rest, {"without": {"count": count, "seed": seed}})
     return chosen, rest
 
 

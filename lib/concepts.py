@@ -54,12 +54,12 @@ def pair_similarities(encoder: SentenceEncoder, decoder: Backbone, pairs: Datase
     return run_or_load(f"concepts-{encoder.prompt.name}", encoder.describe() | about, compute, ("concepts", "sparse", "alignment", "vocabulary"))
 
 
-def similarity_scores(pairs: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def similarity_scores(pairs: pd.DataFrame, draws: int = 1000, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
     """Spearman x 100 with the gold scores, of cosine, of overlap, and of the mean of their ranks.
 
     Returns:
-        Columns measure, score, low, high; and gain, gain_low, gain_high: against cosine alone, paired. The resampled
-        scores are in `attrs["resampled"]`, float64 (draws, 3).
+        A table with the columns measure, score, low, high, and gain, gain_low, gain_high: against cosine alone, paired;
+        and the resampled scores, float64 (draws, 3).
     """
     cos, overlap = (pairs[column].to_numpy() for column in ("cosine", "overlap"))
     measures = {"cosine": cos, "overlap": overlap, "both": rankdata(cos) + rankdata(overlap)}
@@ -69,8 +69,7 @@ def similarity_scores(pairs: pd.DataFrame, draws: int = 1000, seed: int = 0) -> 
     gain_low, gain_high = np.percentile(resampled - resampled[:, :1], [2.5, 97.5], axis=0)
     table = pd.DataFrame({"measure": list(measures), "score": scores, "low": low, "high": high,
                           "gain": scores - scores[0], "gain_low": gain_low, "gain_high": gain_high})
-    table.attrs["resampled"] = resampled
-    return table
+    return table, resampled
 
 
 def minimal_pair_table(encoder: SentenceEncoder, decoder: Backbone, pairs: pd.DataFrame, k: int, depth: int = 10) -> pd.DataFrame:

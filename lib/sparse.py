@@ -125,7 +125,8 @@ class SparseRetriever:
         weights = WEIGHTS[setting.weight](documents.values[:, : setting.k]).astype(np.float32)
         # 32 bits as long as they count to the end; the positions of the index take the type of these.
         starts = np.arange(0, weights.size + 1, setting.k, np.int32 if weights.size < 2**31 else np.int64)
-        by_document = csr_array((weights.ravel(), documents.ids[:, : setting.k].ravel(), starts), shape=(count, vocabulary))
+        tokens = documents.ids[:, : setting.k].flatten()  # a copy, because removing zeros moves entries in place
+        by_document = csr_array((weights.ravel(), tokens, starts), shape=(count, vocabulary))
         by_document.eliminate_zeros()
         self.index: csr_array = by_document.tocsc().T
         self.frequency = np.diff(self.index.indptr)

@@ -284,7 +284,7 @@ def test_http_errors_are_named_and_leave_nothing_that_looks_whole(hub):
     with pytest.raises(DataError, match=r"answered HTTP 404 for mteb/scifact/queries.jsonl"):
         load_beir("scifact")
     hub.files["queries.jsonl"], hub.stated["queries.jsonl"] = QUERIES.encode(), "refused"
-    with pytest.raises(DataError, match="mteb/scifact could not be fetched"):
+    with pytest.raises(DataError, match="answered HTTP 404 for mteb/scifact. To get it"):
         load_beir("scifact")
     assert not (sources.DATA / "downloads" / "beir" / "scifact").exists()
 
@@ -424,6 +424,30 @@ def test_weights_of_nothing_take_no_room():
     tokens = AlignedTokens(np.array([[0, 1]], np.int32), np.array([[1, -1]], np.float32), 2, True)
     sizes = {weight: SparseRetriever(["a"], tokens, SparseSetting(k=2, weight=weight)).index.nnz for weight in WEIGHTS}
     assert sizes == {"logit": 2, "relu": 1, "log1p": 1}
+
+
+def test_an_index_leaves_the_tokens_that_it_was_made_of_alone():
+    values = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    ids = np.stack([np.random.default_rng(i).permutation(9)[:5] for i in range(6)]).astype(np.int32)
+    tokens = AlignedTokens(ids.copy(), values.copy(), 9, True)
+    for weight in WEIGHTS:
+        SparseRetriever(list("abcdef"), tokens, SparseSetting(k=5, weight=weight, idf=True))
+    np.testing.assert_array_equal(tokens.ids, ids)
+    np.testing.assert_array_equal(tokens.values, values)
+
+
+def test_a_sampled_set_keeps_what_its_queries_need():
+    data = load_beir("sample")
+    few = beir.sample_set(data, 5, 20, seed=1)
+    assert len(few.queries) == 5 and len(few.corpus) == 20 and few.qrels is data.qrels
+    needed = {document for query in few.queries["id"] for document in data.qrels[query]}
+    assert needed <= set(few.corpus["id"]) and few.corpus["id"][:] == [d for d in data.corpus["id"] if d in set(few.corpus["id"])]
+    assert provenance(few.corpus)["caps"] == [{"documents": 20, "judged for queries": 5, "seed": 1}] and provenance(few.corpus)["rows"] == 20
+    assert provenance(data.corpus)["caps"] == []
+    assert beir.sample_set(data, 5, 20, seed=1).corpus["id"][:] == few.corpus["id"][:] != beir.sample_set(data, 5, 20, seed=2).corpus["id"][:]
+    assert len(beir.sample_set(data, None, 1).corpus) == len({d for grades in data.qrels.values() for d in grades})
+    whole = beir.sample_set(data, None, None)
+    assert whole.corpus is data.corpus and whole.queries is data.queries
 
 
 # The other ways to rank.
