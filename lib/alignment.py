@@ -127,6 +127,13 @@ def aligned_tokens(
     return table
 
 
+def token_lines(backbone: Backbone, embeddings: np.ndarray, layer: int, k: int, texts: Sequence[str]) -> list[str]:
+    """The k highest tokens of each text as one line of markdown, those of the text itself in bold."""
+    table = aligned_tokens(backbone, embeddings, layer, k, texts)
+    shown = table["token"].where(~table["in_text"], "**" + table["token"] + "**")
+    return shown.groupby(table["text"]).agg(" ".join).tolist()
+
+
 def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame:
     """Where in its ranking each text's own tokens stand: all that the metrics need.
 

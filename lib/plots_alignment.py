@@ -161,7 +161,7 @@ def shift_curves(sweep: pd.DataFrame, title: str):
         sweep: columns method, amount (in multiples of the method's v_1), metric, value, low, high.
     """
     metrics, methods = (list(sweep[column].unique()) for column in ("metric", "method"))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics) + 0.6, 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(2.9 * len(metrics) + 2.4, 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         of = sweep[sweep["metric"] == metric]
         _bands(axis, [(m, of[of["method"] == m]) for m in methods], "amount")
@@ -184,9 +184,9 @@ def _bands(axis, lines: list[tuple[str, pd.DataFrame]], x: str) -> None:
 
 
 def _head(figure, handles: list, title: str) -> None:
-    """The title above the panels on the left, the legend beside it or, if it is long, below the panels."""
+    """The title above the panels on the left, the legend beside it or, if it is long, on the right of the panels."""
     beside = 0 < len(handles) <= 3
     if handles:
-        place = "outside upper right" if beside else "outside lower center"
-        figure.legend(handles=handles, ncol=len(handles), loc=place, frameon=False, fontsize=9)
+        place, columns = ("outside upper right", len(handles)) if beside else ("outside right upper", 1)
+        figure.legend(handles=handles, ncol=columns, loc=place, frameon=False, fontsize=9)
     figure.suptitle(fill(title, int((7 if beside else 12) * figure.get_figwidth())), fontsize=10, x=0.01, ha="left")

@@ -44,7 +44,7 @@ def accuracy_by_instruction(accuracy: pd.DataFrame, title: str):
         accuracy: columns measure, task, instruction (of `INSTRUCTION_STYLES`), TP (bool), accuracy, low, high.
     """
     measures, tasks = list(accuracy["measure"].unique()), list(accuracy["task"].unique())
-    figure, axes = plt.subplots(1, len(measures), figsize=(3.4 * len(measures) + 1.2, 0.85 * len(tasks) + 1.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.1 * len(measures) + 2.4, 0.85 * len(tasks) + 1.6), sharey=True, squeeze=False)
     for axis, measure in zip(axes[0], measures):
         for i, (instruction, (colour, marker)) in enumerate(INSTRUCTION_STYLES.items()):
             for tp in (False, True):
@@ -58,6 +58,6 @@ def accuracy_by_instruction(accuracy: pd.DataFrame, title: str):
         axis.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(tasks)), tasks)
     axes[0, 0].set_ylim(len(tasks) - 0.5, -0.5)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncol=6, loc="outside lower center", frameon=False, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from lib import alignment, results
 from lib.alignment import (
     aligned_tokens, alignment_metrics, alignment_scores, decode_logits, embedding_ranks, final_states, stored_ranks,
-    token_ranks, top_tokens,
+    token_lines, token_ranks, top_tokens,
 )
 from lib.encoder import SentenceEncoder
 from lib.plots_alignment import (
@@ -144,6 +144,17 @@ def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stan
         top_tokens(backbone, states, k=0)
     with pytest.raises(ValueError, match=r"shape \(texts, hidden\), got \(6,\)"):
         top_tokens(backbone, states[0], k=3)
+
+
+def test_lines_of_tokens_mark_those_of_the_text(tokenizer):
+    backbone = head(torch.eye(len(ENTRIES)))
+    backbone.tokenizer = tokenizer
+    states = np.zeros((2, len(ENTRIES)), np.float32)
+    states[0, [DOG, RUN]], states[1, [RUN, STOP]] = (2, 1), (2, 1)
+    texts = [tokenizer.decode([DOG]), tokenizer.decode([DOG])]
+    first, second = token_lines(backbone, states, -1, 2, texts)
+    names = [visible(text) for text in token_texts(tokenizer, [DOG, RUN, STOP])]
+    assert first == f"**{names[0]}** {names[1]}" and second == f"{names[1]} {names[2]}"
 
 
 def test_token_texts(tokenizer):
