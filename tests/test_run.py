@@ -1,17 +1,21 @@
 """The runner: what it refuses, what it passes on, how it fails; and the smoke profile through every notebook."""
 
+import base64
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from lib import run as runner
-from lib.publish import publish
+from lib.publish import fewer_colours, publish
 from lib.run import UsageError, choose_notebooks, parameters_of, read_profile
 from lib.store import ROOT
 
@@ -92,6 +96,22 @@ def test_publish_drops_progress_bars(tmp_path):
     publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
     [cell] = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
     assert [output.data["text/plain"] for output in cell.outputs] == ["kept"]
+
+
+def test_published_pictures_look_the_same_and_are_smaller():
+    pixels = np.zeros((300, 300, 3), np.uint8)
+    pixels[:, :, 0], pixels[100:200, 50:250] = np.arange(300) % 256, (0, 114, 178)
+    picture = BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG", compress_level=1)
+    small = fewer_colours(base64.b64encode(picture.getvalue()).decode())
+    after = np.asarray(Image.open(BytesIO(base64.b64decode(small))).convert("RGB"))
+    assert np.abs(after.astype(int) - pixels).mean() < 2 and len(small) < len(picture.getvalue())
+    assert fewer_colours(small) == small
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_notebooks_are_small(path):
+    assert path.stat().st_size < 600_000
 
 
 def test_publish_refuses_an_error(tmp_path):
