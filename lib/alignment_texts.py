@@ -22,7 +22,8 @@ class Texts:
 def alignment_texts(count: int | None, seed: int = 0, source: DataSource | None = None) -> tuple[dict[str, Texts], dict[str, str]]:
     """At most `count` (None: all) seeded texts of each data set; and for each set that cannot be had the reason why.
 
-    `STS12 SMTnews`: the pairs with a gold score above 4, without " ." and " ?", as in the official code of arXiv 2406.17378.
+    `STS12 SMTnews`: the pairs with a gold score above 4, without " ." and " ?", as in the official code of arXiv 2406.17378,
+    but each of their sentences once (297 of 582; that code counts repetitions).
     `MS MARCO`: passages from its development part, which that code ships. Without real data the sample's own.
     """
     source = source or find_source()

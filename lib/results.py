@@ -182,6 +182,11 @@ def read_paper(table: str) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False)
 
 
+def sts_table(model: str) -> str:
+    """The published STS table that a model belongs beside: Table 2 for the paper's other backbones, else Table 1."""
+    return "a2_sts_backbones" if PAPER_MODELS.get(model, "llama2-7b") != "llama2-7b" else "a1_sts_llama2_7b"
+
+
 def compare_with_paper(ours: pd.DataFrame, table: str, model: str, sample: bool, tolerance: float = 0.5) -> pd.DataFrame:
     """Every published number of a table beside ours: paper | ours | difference | status.
 

@@ -155,3 +155,9 @@ def test_comparison_states_what_it_is():
     assert len(same) == len(read_paper("a1_sts_llama2_7b"))
     assert status("smollm2").loc[("prompteol", True, "Avg"), "status"] == "other model"
     assert status("meta-llama/Llama-2-7b-hf", sample=True).loc[("prompteol", True, "Avg"), "status"] == "sample data"
+
+
+def test_each_model_stands_beside_the_table_that_it_is_in():
+    for hub, name in results.PAPER_MODELS.items():
+        assert name in set(results.read_paper(results.sts_table(hub))["model"])
+    assert results.sts_table("smollm2") == "a1_sts_llama2_7b"
