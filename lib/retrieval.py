@@ -175,11 +175,12 @@ def cost_growth(
         Columns method, documents, synthetic (bool), ms (median over rounds of the mean per query), low and high (quartiles),
         operations (mean per query), bytes (of the index, per document).
     """
-    rows = []
+    k, rows = setting.k, []
+    kept = AlignedTokens(documents.ids[:, :k], documents.values[:, :k], documents.vocabulary, documents.centred)
     for size in sizes:
         chosen = synthetic_rows(len(documents.ids), size, seed)
         ids = list(map(str, range(size)))
-        sparse, dense = SparseRetriever(ids, documents[chosen], setting), DenseRetriever(ids, embeddings[chosen])
+        sparse, dense = SparseRetriever(ids, kept[chosen], setting), DenseRetriever(ids, embeddings[chosen])
         sets = sparse.queries(own, query_tokens)
         methods = {"sparse": (sparse, sets), "dense": (dense, query_embeddings)}
         seconds = measure({method: partial(_one_by_one, *pair) for method, pair in methods.items()}, rounds)
