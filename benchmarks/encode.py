@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.cost import count_flops, count_tokens, matmul_peak, measure, median_ratio, peak_memory
+from lib.cost import count_flops, count_tokens, matmul_peak, measure, peak_memory, ratio_quartiles
 from lib.data import find_source, load_sts
 from lib.encoder import SentenceEncoder
 from lib.models import Backbone, load_backbone
@@ -70,7 +70,7 @@ def compare(backbone: Backbone, reference: Backbone, prompt: str, sentences: lis
         speed = flops / min(seconds[name])
         rows.append({
             "prompt": f"{prompt} + TP", "path": name, "dtype": str(model.dtype).removeprefix("torch."),
-            "speed-up": median_ratio(seconds[name], seconds["plain"]),
+            "speed-up": ratio_quartiles(seconds["plain"], seconds[name])[0],
             "sentences/s": len(sentences) / min(seconds[name]),
             "tokens": tokens["tokens"], "TFLOP": flops / 1e12,
             "share of matmul peak": speed / matmul_peak(model.dtype, model.device),
@@ -86,14 +86,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="of our path; the plain path always runs in float32")
     arguments = parser.parse_args()
-    source = find_source("senteval")
+    source = find_source()
     pairs = load_sts("sample" if source.is_sample else "STS-B")
     sentences = list(pairs["sentence1"])[: arguments.sentences]
     reference = load_backbone(arguments.model, dtype="float32")
     backbone = reference if arguments.dtype == "float32" else load_backbone(arguments.model, dtype=arguments.dtype)
     tables = [compare(backbone, reference, prompt, sentences, arguments.rounds) for prompt in ("ke", "prompteol")]
-    print(f"{reference.describe()['device']}, {len(sentences)} sentences of STS-B test ({source.label}), TP {TP.start} -> {TP.end}, "
-          f"read at layer 28, {arguments.rounds} rounds")
+    print(f"{reference.describe()['device']}, {len(sentences)} sentences of STS-B test ({source.label}), "
+          f"TP {TP.start} -> {TP.end}, read at layer 28, {arguments.rounds} rounds")
     print(pd.concat(tables).to_markdown(index=False, floatfmt=".2f"))
 
 

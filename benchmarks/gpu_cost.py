@@ -21,8 +21,9 @@ from benchmarks.encode import PlainPath
 from lib.cost import count_flops, matmul_peak, measure, ratio_quartiles
 from lib.cost_table import GPU_RESULTS, paper_methods, practical_methods, run_methods
 from lib.data import find_source, load_sts
+from lib.devices import device_name
 from lib.encoder import SentenceEncoder
-from lib.models import Backbone, device_name, load_backbone
+from lib.models import Backbone, load_backbone
 from lib.results import environment
 from lib.settings import Setting
 from lib.store import write_atomically
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> Path:
         parser.error("torch sees no CUDA device here; nothing was measured")
     backbone = random_llama(options.layers, options.hidden, options.heads, options.intermediate, options.device)
     setting = Setting(TokenPrepending(1, min(7, options.exit)), options.exit)
-    source = find_source("senteval")
+    source = find_source()
     data = load_sts("sample" if source.is_sample else "STS-B")
     sentences = list(dict.fromkeys(data["sentence1"]))
     tables = measure_all(

@@ -12,14 +12,17 @@ from functools import partial
 
 import torch
 
-from lib.forward import block_input, replace_input
+from lib.encoder import pool
+from lib.hooks import block_input, replace_input
 from lib.models import Backbone
 from lib.prompts import PLACEHOLDER, SENTENCE, Prompt
 from lib.token_prepending import TokenPrepending
 
-WRITES = ("last", "mean", "older", "same", "nothing")
-HIDES = ("", "before", "after")
-OPENS = ("", "last_token", "sentence")
+CHOICES = {
+    "write": ("last", "mean", "older", "same", "nothing"),
+    "hide": ("", "before", "after"),
+    "open": ("", "last_token", "sentence"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Variant(TokenPrepending):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (("write", WRITES), ("hide", HIDES), ("open", OPENS)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose from {', '.join(map(repr, known))}.")
         if self.write == "older" and self.start == 0:
@@ -68,13 +71,14 @@ class Variant(TokenPrepending):
             def hook(block, args, kwargs):
                 states = block_input(args, kwargs)
                 row, target, last = (t.to(states.device) for t in (rows, targets, last_positions))
-                previous[index] = states[row, last[:, None]]
+                previous[index] = pool(states, "last", last, last)
                 if self._masks(index):
                     kwargs = kwargs | {"attention_mask": self._mask(states, kwargs, target, last)}
                 if self._writes(index):
-                    value = self._value(index, block, states, args, kwargs, target, last, previous)
+                    older = self.write == "older"
+                    value = previous[index - 1] if older else self._value(block, states, args, kwargs, target, last)
                     states = states.clone()
-                    states[row, target] = value
+                    states[row, target] = value[:, None].to(states.dtype)
                 return replace_input(states, args, kwargs)
             return hook
 
@@ -91,19 +95,12 @@ class Variant(TokenPrepending):
         hidden = {"": False, "before": index < self.start, "after": index >= self.end}[self.hide]
         return hidden or bool(self.open) and self.start <= index < self.end
 
-    def _value(self, index, block, states, args, kwargs, target, last, previous) -> torch.Tensor:
-        """What is written: (batch, 1, hidden)."""
-        if self.write == "older":
-            return previous[index - 1]
+    def _value(self, block, states, args, kwargs, target, last) -> torch.Tensor:
+        """What is written: (batch, hidden)."""
         if self.write == "same":
             output = block.forward(*args, **kwargs)  # `forward` itself, so that no hook runs twice
             states = output[0] if isinstance(output, tuple) else output
-        if self.write == "mean":
-            place = torch.arange(states.shape[1], device=states.device)
-            inside = (place > target.max(dim=1, keepdim=True).values) & (place <= last[:, None])
-            weights = inside.float() / inside.sum(dim=1, keepdim=True)
-            return torch.einsum("bth,bt->bh", states.float(), weights)[:, None].to(states.dtype)
-        return states[torch.arange(len(last), device=states.device)[:, None], last[:, None]]
+        return pool(states, "mean" if self.write == "mean" else "last", target.max(dim=1).values + 1, last)
 
     def _mask(self, states, kwargs, target, last) -> torch.Tensor:
         """What is added to the attention scores of a block, (batch, 1, queries, keys): 0 or as good as minus infinity.
@@ -154,10 +151,8 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
     The first row is the setting itself and the second the plain model. Rows that a prompt's wording or the model's depth
     does not allow are left out.
     """
-    depth, span, fields = backbone.num_layers, (tp.start, tp.end), asdict(tp)
-    change = partial(replace, tp)
-    variant = partial(Variant, **fields)
-    everywhere = fields | {"start": 0, "end": depth}
+    depth, fields, template = backbone.num_layers, asdict(tp), prompt.templates[0]
+    change, variant = partial(replace, tp), partial(Variant, **fields)
     closing = closing_tokens(backbone, prompt)
     rows = [
         Row("main", "TP", prompt, tp, ""),
@@ -165,8 +160,8 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
         Row("place", "start of the prompt", prompt, change(place="start"), "place=start_of_prompt"),
         Row("place", "inside the quotes, before the text", prompt, change(place="in_quote"), "place=inside_quotes"),
         Row("place", "inside the quotes, after the text", prompt, change(place="after_text"), "place=after_text"),
-        *(Row("initial vector", init, prompt, change(init=init), f"init={_PAPER_INITS.get(init, init)}")
-          for init in ("zeros", "ones", "uniform", "space")),
+        *(Row("initial vector", init, prompt, change(init=init), f"init={paper}")
+          for init, paper in (("zeros", "zeros"), ("ones", "ones"), ("uniform", "uniform"), ("space", "space_token"))),
         *(Row("initial vector", f"normal, seed {seed}", prompt, change(seed=seed)) for seed in seeds if seed != tp.seed),
         *(Row("number of placeholders", str(n), prompt, change(count=n), f"count={n}") for n in (2, 3, 4)),
         Row("what is written", "nothing", prompt, variant(write="nothing")),
@@ -177,28 +172,28 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
         Row("hidden", "after the span", prompt, variant(hide="after")),
         *(Row("resumed", f"again from block {at}", prompt, variant(resume=at))
           for at in sorted({tp.end + 1, tp.end + 3, depth // 2, depth - 6}) if tp.end < at < depth),
-        *(Row("attention both ways, no TP", f"{what.replace('_', ' ')}, {blocks}", prompt,
-              Variant(**limits, write="nothing", open=what, closing=closing), paper)
-          for what in ("last_token", "sentence")
-          for blocks, limits, paper in (("all blocks", everywhere, f"attention=bidirectional;span={what}"),
-                                        (f"blocks {span[0]} to {span[1] - 1}", fields, None))),
-        *(Row("textual role", role.replace(PLACEHOLDER, "_"), worded, tp)
-          for role, worded in ((role, _reworded(prompt, role)) for role in _ROLES) if worded),
     ]
-    # Pretended CoT and KE have words before "this sentence"; for PromptEOL it is the start of the prompt.
-    moved = prompt.templates[0].replace("this sentence", f"{PLACEHOLDER} this sentence")
-    if moved != prompt.templates[0]:
-        rows.append(Row("place", "before \"this sentence\"", replace(prompt, name=f"{prompt.name}-moved", templates=(moved,)), tp,
-                        "place=before_this_sentence"))
+    family = "attention both ways, no TP"
+    for span in ("last_token", "sentence"):
+        label, opened = span.replace("_", " "), variant(write="nothing", open=span, closing=closing)
+        everywhere = replace(opened, start=0, end=depth)
+        rows.append(Row(family, f"{label}, all blocks", prompt, everywhere, f"attention=bidirectional;span={span}"))
+        rows.append(Row(family, f"{label}, blocks {tp.start} to {tp.end - 1}", prompt, opened))
+    for family, label, name, words, other, paper in _REWORDINGS:
+        if words in template:
+            reworded = replace(prompt, name=f"{prompt.name}-{name}", templates=(template.replace(words, other),))
+            rows.append(Row(family, label, reworded, tp, paper))
     return [row for row in rows if row]
 
 
-_PAPER_INITS = {"space": "space_token"}
-
-# Words that give the placeholder a part in the prompt; ours, since those of the paper's prompts A to D are not known to us.
-_ROLES = (f"sentence , in short {PLACEHOLDER} :", f"sentence , whose meaning is {PLACEHOLDER} :")
-
-
-def _reworded(prompt: Prompt, role: str) -> Prompt | None:
-    worded = prompt.templates[0].replace("sentence : \"", f"{role} \"")
-    return replace(prompt, name=f"{prompt.name}-role", templates=(worded,)) if worded != prompt.templates[0] else None
+# Family, label, ending of the prompt's name, words of the template, what stands in their place, published row. The roles are
+# worded by us, since those of the paper's prompts A to D are not known to us. Pretended CoT and KE have words before "this
+# sentence"; PromptEOL begins with "This sentence", where that place is the start of the prompt.
+_REWORDINGS = (
+    ("textual role", "sentence , in short _ :", "role",
+     'sentence : "', f'sentence , in short {PLACEHOLDER} : "', None),
+    ("textual role", "sentence , whose meaning is _ :", "role",
+     'sentence : "', f'sentence , whose meaning is {PLACEHOLDER} : "', None),
+    ("place", 'before "this sentence"', "moved",
+     "this sentence", f"{PLACEHOLDER} this sentence", "place=before_this_sentence"),
+)

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from lib.models import Backbone
-from lib.store import is_fresh, write_atomically
+from lib.store import is_fresh
 
 
 @contextmanager
@@ -30,16 +30,14 @@ def around_peft(device: torch.device):
 def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
     """Write a trained adapter to `folder`, whole or not at all. Returns its provenance: `about` and its SHA-256."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        model.save_pretrained(temporary)
-        about = json.loads(json.dumps(about | {"adapter_sha256": _sha256(temporary)}, default=str))
-        write_atomically(temporary / "provenance.json", json.dumps(about, indent=1).encode())
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / "adapter"
+        model.save_pretrained(whole)
+        text = json.dumps(about | {"adapter_sha256": _sha256(whole)}, indent=1, default=str)
+        (whole / "provenance.json").write_text(text)
         shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return about
+        whole.rename(folder)
+    return json.loads(text)
 
 
 def _sha256(folder: Path) -> str:

@@ -1,14 +1,14 @@
 """Key tokens: the vocabulary entries that an embedding aligns to, and how many of them stand in the text itself.
 
-Definitions from arXiv 2406.17378 and its official code. T is the list of a text's tokens; the *ranking* is all tokens by
-their logit under the backbone's own unembedding, and its *prefix* of length n the n highest:
+Definitions from arXiv 2406.17378 and its official code. T is the list of a text's tokens; the ranking is all tokens by
+their logit under the backbone's own unembedding:
 
-    Hit@K   1 if a token of the text is in the prefix of length K, else 0; mean over texts
-    LAR     share of the text's distinct tokens that are in the prefix of length len(T) (repeats count); mean over texts
+    Hit@K   1 if a token of the text is among the K highest, else 0; mean over texts
+    LAR     share of the text's distinct tokens among the len(T) highest (repeats count in len); mean over texts
     GAR     of all distinct tokens of all texts, the share that LAR finds in at least one text
-    LAR@K, GAR@K   the same as the official code computes them: it keeps K tokens, so the prefix ends at min(len(T), K)
+    LAR@K, GAR@K   the same among the min(len(T), K) highest, as in the official code
 
-Which vocabulary entries are the same token and which count says a `TokenRule`. All scores are shares from 0 to 1.
+A `TokenRule` says which vocabulary entries are the same token and which count. All scores are shares from 0 to 1.
 """
 
 from __future__ import annotations
@@ -29,32 +29,29 @@ from lib.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes, 
 
 KS = (1, 5, 10, 50)
 
-# Memory for the logits held at once, in bytes; and rows of the unembedding turned to float32 at once (all could be gigabytes).
-LOGIT_BYTES = 64 * 2**20
-ROWS = 16384
+LOGIT_BYTES = 64 * 2**20  # memory for the logits held at once
+ROWS = 16384  # of the unembedding turned to float32 at once
 
 
 def output_matrix(backbone: Backbone) -> torch.Tensor:
     """The matrix that gives the logits, (vocabulary, width): the unembedding, or the last step of a masked model's head."""
-    return (backbone.unembedding if hasattr(backbone.unembedding, "weight") else backbone.model.get_output_embeddings()).weight
+    head = backbone.unembedding
+    return (head if hasattr(head, "weight") else backbone.model.get_output_embeddings()).weight
 
 
 @torch.inference_mode()
 def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
     """Embeddings as the unembedding reads them, float32 (texts, width): states before the last go through the final norm.
 
-    The last state is after the norm already. A model without a final norm gets its states back as they are.
-
-    Raises:
-        ValueError: not (texts, hidden); or the unembedding reads another width, because a projection stands between (as
-            in OPT-350m), so that only the last layer can be decoded.
+    Raises `ValueError` if they are not (texts, hidden), or of another width than the unembedding reads, because a projection
+    stands between (as in OPT-350m).
     """
     if np.ndim(embeddings) != 2:
         raise ValueError(f"Expected embeddings of shape (texts, hidden), got {np.shape(embeddings)}.")
     matrix, index = output_matrix(backbone), backbone.layer_index(layer)
-    if embeddings.shape[1] != matrix.shape[1]:
-        widths = f"has {embeddings.shape[1]} dimensions, but its unembedding reads {matrix.shape[1]}"
-        raise ValueError(f"State {index} of {backbone.name} {widths}.")
+    given, read = embeddings.shape[1], matrix.shape[1]
+    if given != read:
+        raise ValueError(f"State {index} of {backbone.name} has {given} dimensions, but its unembedding reads {read}.")
     if index == backbone.num_layers or backbone.final_norm is None:
         return np.asarray(embeddings, np.float32)
     return backbone.final_norm(torch.tensor(embeddings, device=matrix.device, dtype=backbone.dtype)).float().cpu().numpy()
@@ -63,10 +60,10 @@ def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) ->
 def decode_logits(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
     """Logits of embeddings under the backbone's unembedding, float32 (texts, vocabulary). `top_tokens` needs less memory.
 
-    Computed in float32 whatever the model's dtype, because logits rounded to half precision tie. A model's own capping or
-    scaling of its logits (Gemma 2, Cohere) is left out: it does not change their order. Errors as in `final_states`.
+    Computed in float32 whatever the model's dtype, because logits rounded to half precision tie. A model's own capping of
+    its logits (Gemma 2) is left out: it does not change their order. Errors as in `final_states`.
     """
-    return torch.cat([logits.cpu() for logits in _logits(backbone, final_states(backbone, embeddings, layer))]).numpy()
+    return torch.cat([logits.cpu() for logits in _logits(backbone, embeddings, layer)]).numpy()
 
 
 @torch.inference_mode()
@@ -78,23 +75,26 @@ def top_tokens(
     With `classes` (from `token_classes`) the tokens of a rule, each with the logit of its best entry; without, all entries.
     Raises `ValueError` if there are fewer than k.
     """
-    counted = slice(None) if classes is None else np.flatnonzero(classes >= 0)
-    size = len(output_matrix(backbone)) if classes is None else len(np.unique(classes[counted]))
+    if classes is None:
+        classes = np.arange(len(output_matrix(backbone)))
+    counted = np.flatnonzero(classes >= 0)
+    tokens = torch.from_numpy(classes[counted])
+    size = len(tokens.unique())
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the number of tokens, {size}; got {k}.")
     best = []
-    for logits in _logits(backbone, final_states(backbone, embeddings, layer)):
-        if classes is not None:
-            target = torch.from_numpy(classes[counted]).to(logits.device).expand(len(logits), -1)
-            logits = torch.full_like(logits, -torch.inf).scatter_reduce_(1, target, logits[:, counted], "amax")
-        best.append(logits.topk(k))
-    return torch.cat([b.indices.cpu() for b in best]).numpy(), torch.cat([b.values.cpu() for b in best]).numpy()
+    for logits in _logits(backbone, embeddings, layer):
+        target = tokens.to(logits.device).expand(len(logits), -1)
+        merged = torch.full_like(logits, -torch.inf).scatter_reduce_(1, target, logits[:, counted], "amax")
+        best.append(merged.topk(k))
+    values, ids = (torch.cat(parts).cpu().numpy() for parts in zip(*best))
+    return ids, values
 
 
 @torch.inference_mode()
-def _logits(backbone: Backbone, states: np.ndarray) -> Iterator[torch.Tensor]:
+def _logits(backbone: Backbone, embeddings: np.ndarray, layer: int) -> Iterator[torch.Tensor]:
     """Logits float32 (some texts, vocabulary), chunk by chunk, on the unembedding's device."""
-    head, matrix = backbone.unembedding, output_matrix(backbone)
+    states, head, matrix = final_states(backbone, embeddings, layer), backbone.unembedding, output_matrix(backbone)
     size = max(1, LOGIT_BYTES // (4 * len(matrix)))
     for begin in range(0, len(states), size):
         chunk = torch.tensor(states[begin : begin + size], device=matrix.device)
@@ -106,22 +106,20 @@ def _logits(backbone: Backbone, states: np.ndarray) -> Iterator[torch.Tensor]:
 
 
 def aligned_tokens(
-    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None,
-    rule: TokenRule = DEFAULT_RULE,
+    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The k tokens that each embedding aligns to.
+    """The k tokens that each embedding aligns to, best first.
 
     Returns:
-        One row per text and rank: text (its place), rank (from 1), id, token (see `visible`), logit; and, where the texts
-        are given, in_text: whether the token is one of the text's under the rule.
+        One row per text and token: text (its place), id, token (see `visible`), logit; and, where the texts are given,
+        in_text: whether the token is one of the text's under `DEFAULT_RULE`.
     """
     ids, logits = top_tokens(backbone, embeddings, layer, k)
-    table = pd.DataFrame({
-        "text": np.repeat(np.arange(len(ids)), k), "rank": np.tile(np.arange(1, k + 1), len(ids)), "id": ids.ravel(),
-        "token": [visible(text) for text in token_texts(backbone.tokenizer, ids.ravel())], "logit": logits.ravel(),
-    })
+    shown = [visible(text) for text in token_texts(backbone.tokenizer, ids.ravel())]
+    places = np.repeat(np.arange(len(ids)), k)
+    table = pd.DataFrame({"text": places, "id": ids.ravel(), "token": shown, "logit": logits.ravel()})
     if texts is not None:
-        classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), rule)
+        classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), DEFAULT_RULE)
         own = text_tokens(backbone.tokenizer, texts, classes)
         table["in_text"] = np.concatenate([np.isin(classes[row], tokens) for row, tokens in zip(ids, own, strict=True)])
     return table
@@ -138,7 +136,7 @@ def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame
     """Where in its ranking each text's own tokens stand: all that the metrics need.
 
     Args:
-        top: int (texts, depth), the ranking's beginning. It must be as deep as the longest T, or LAR would be cut.
+        top: int (texts, depth), the ranking's beginning, at least as deep as the longest T.
         texts: T of each text.
 
     Returns:
@@ -148,12 +146,12 @@ def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame
     (count, depth), sizes = top.shape, [len(row) for row in texts]
     if len(sizes) != count:
         raise ValueError(f"There are {count} rankings, but {len(sizes)} texts.")
-    if max(sizes, default=0) > depth:
+    if max(sizes) > depth:
         raise ValueError(f"A text has {max(sizes)} tokens, but the rankings end after {depth}.")
-    tokens = np.fromiter((token for row in texts for token in row), np.int64, sum(sizes))
+    tokens = np.concatenate(texts).astype(np.int64)
     own = pd.DataFrame({"text": np.repeat(np.arange(count), sizes), "token": tokens, "length": np.repeat(sizes, sizes)})
-    rank = np.tile(np.arange(1.0, depth + 1), count)
-    ranking = pd.DataFrame({"text": np.repeat(np.arange(count), depth), "token": top.ravel(), "rank": rank})
+    text, place = np.indices(top.shape).reshape(2, -1)
+    ranking = pd.DataFrame({"text": text, "token": top.ravel(), "rank": place + 1.0})
     return own.drop_duplicates().assign(depth=depth).merge(ranking, on=["text", "token"], how="left")
 
 
@@ -161,7 +159,7 @@ def embedding_ranks(
     backbone: Backbone, embeddings: np.ndarray, layer: int, texts: Sequence[str], rule: TokenRule = DEFAULT_RULE,
     deepest: int = max(KS),
 ) -> pd.DataFrame:
-    """`token_ranks` of the embeddings (texts, hidden) of `texts`; the rankings are as deep as `deepest` and the longest T."""
+    """`token_ranks` of the embeddings (texts, hidden) of `texts`, at least as deep as `deepest` and the longest T."""
     classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), rule)
     own = text_tokens(backbone.tokenizer, texts, classes)
     top, _ = top_tokens(backbone, embeddings, layer, max(deepest, *map(len, own)), classes)
@@ -178,8 +176,7 @@ def stored_ranks(
         data: where the texts come from, for the provenance.
         decoder: whose unembedding (and final norm) decodes them; None takes the encoder's own backbone.
 
-    Returns:
-        The columns of `token_ranks` and layer (0..num_layers).
+    Returns the columns of `token_ranks` and layer (0 to num_layers).
     """
     decoder = decoder or encoder.backbone
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
@@ -188,31 +185,27 @@ def stored_ranks(
         states = encoder.encode_layers(texts, dict.fromkeys(layers))
         return pd.concat([embedding_ranks(decoder, rows, n, texts, rule).assign(layer=n) for n, rows in states.items()])
 
-    decoding = {"decoder": decoder.describe(), "layers": layers, "rule": asdict(rule)}
-    settings = encoder.describe() | decoding | {"data": data, "texts": fingerprint(list(texts))}
+    settings = encoder.describe() | {"decoder": decoder.describe(), "layers": layers, "rule": asdict(rule)}
+    settings |= {"data": data, "texts": fingerprint(list(texts))}
     return run_or_load(f"alignment-{encoder.prompt.name}", settings, compute, code=("alignment", "vocabulary"))
 
 
 def alignment_metrics(ranks: pd.DataFrame, ks: Sequence[int] = KS) -> pd.DataFrame:
-    """Hit@K, LAR@K (as the official code cuts it) and LAR of each text, from `token_ranks`; float64, one row per text.
-
-    GAR belongs to a set of texts: see `alignment_scores`. Raises `ValueError` if the rankings are not as deep as all K.
-    """
+    """Hit@K, LAR@K and LAR of each text, from `token_ranks`; float64. Raises `ValueError` if a ranking ends before K."""
     if max(ks) > ranks["depth"].min():
-        raise ValueError(f"Hit@{max(ks)} needs deeper rankings than {ranks['depth'].min()}; see deepest= of embedding_ranks.")
-    rank, of_text = ranks["rank"], ranks["text"]
-    hits = pd.DataFrame({f"Hit@{k}": rank <= k for k in ks}).groupby(of_text).max()
-    return hits.join(pd.DataFrame(_within(ranks, "LAR", ks)).groupby(of_text).mean()).astype(float)
+        raise ValueError(f"Hit@{max(ks)} needs deeper rankings than {ranks['depth'].min()} (`deepest`).")
+    hits = pd.DataFrame({f"Hit@{k}": ranks["rank"] <= k for k in ks}).groupby(ranks["text"]).max()
+    return hits.join(pd.DataFrame(_within(ranks, "LAR", ks)).groupby(ranks["text"]).mean()).astype(float)
 
 
 def _within(ranks: pd.DataFrame, name: str, ks: Sequence[int]) -> dict[str, pd.Series]:
-    """Which tokens are in the prefix of length len(T), cut at each K and uncut."""
+    """Which tokens are among the len(T) highest, cut at each K and uncut."""
     limits = {f"{name}@{k}": ranks["length"].clip(upper=k) for k in ks} | {name: ranks["length"]}
     return {key: ranks["rank"] <= limit for key, limit in limits.items()}
 
 
 def alignment_scores(
-    runs: dict[str, pd.DataFrame], ks: Sequence[int] = KS, reference: str | None = None, draws: int = 1000, seed: int = 0
+    runs: dict[str, pd.DataFrame], ks: Sequence[int] = KS, reference: str | None = None, draws: int = 1000
 ) -> pd.DataFrame:
     """All metrics of each run over the same texts, with 95 % bootstrap intervals over texts.
 
@@ -220,19 +213,16 @@ def alignment_scores(
     have their mean at the measured value before their percentiles are taken.
 
     Args:
-        runs: label -> table from `token_ranks`. reference: label of the run to compare the others with, on the same resamples.
+        runs: label -> table from `token_ranks`. reference: label of the run that the others are compared with.
 
-    Returns:
-        Columns run, metric, value, low, high and, with a reference, difference, difference_low, difference_high.
-
-    Raises:
-        ValueError: the runs are not over the same texts, or under different rules.
+    Returns columns run, metric, value, low, high and, with a reference, difference, difference_low, difference_high.
+    Raises `ValueError` if the runs are not over the same texts, or under different rules.
     """
     tables = [ranks[["text", "token", "length"]].reset_index(drop=True) for ranks in runs.values()]
     if not all(table.equals(tables[0]) for table in tables):
         raise ValueError("The runs do not hold the same tokens of the same texts.")
     count = tables[0]["text"].nunique()
-    resamples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    resamples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=draws)
     weights = np.vstack([np.ones(count, int), resamples])  # the first row gives the measured values
     scores = {run: _scores(ranks, ks, weights) for run, ranks in runs.items()}
     results = {run: _interval(of_run, ("value", "low", "high")) for run, of_run in scores.items()}
@@ -249,14 +239,12 @@ def _scores(ranks: pd.DataFrame, ks: Sequence[int], weights: np.ndarray) -> pd.D
     texts, tokens = (pd.factorize(ranks[column], sort=True)[0] for column in ("text", "token"))
     drawn = (weights > 0).T.astype(np.float32)
 
-    def distinct(which) -> np.ndarray:
-        """How many distinct tokens these rows hold in each draw."""
-        rows, shape = np.flatnonzero(which), (tokens.max() + 1, texts.max() + 1)
-        held = csr_array((np.ones(len(rows), np.float32), (tokens[rows], texts[rows])), shape=shape)
-        return (held @ drawn > 0).sum(axis=0)
+    def distinct(counted: np.ndarray | pd.Series) -> np.ndarray:
+        """How many distinct tokens the counted rows hold in each draw."""
+        return (csr_array((counted.astype(np.float32), (tokens, texts))) @ drawn > 0).sum(axis=0)
 
-    everything = distinct(np.ones(len(ranks), bool))
-    return scores.assign(**{name: distinct(which) / everything for name, which in _within(ranks, "GAR", ks).items()})
+    everything = distinct(np.ones(len(ranks)))
+    return scores.assign(**{name: distinct(found) / everything for name, found in _within(ranks, "GAR", ks).items()})
 
 
 def _interval(scores: pd.DataFrame, names: tuple[str, str, str]) -> pd.DataFrame:

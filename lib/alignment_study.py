@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -29,19 +30,19 @@ def gain_relation(
             `lib.alignment.token_ranks` over `texts`, which hold every sentence of `data`.
 
     Returns:
-        gain in LAR: mean over pairs of the two sentences' change; gain in STS: mean over pairs of how much nearer the rank
-        of the similarity comes to the rank of the gold score, in percent of all ranks; spearman: of the two gains x 100,
-        with its 95 % bootstrap interval low, high.
+        gain in LAR: the two sentences' change; gain in STS: how much nearer the rank of the similarity comes to the rank of
+        the gold score, in percent of all ranks (both: mean over pairs); spearman: of the two gains x 100, with its 95 %
+        bootstrap interval low, high.
     """
-    at = _places(data, texts)
     rates = {v: alignment_metrics(r, (10,))["LAR"].reindex(range(len(texts))).to_numpy() for v, r in ranks.items()}
-    alignment = (rates["TP"] - rates["plain"])[at].mean(axis=0)
+    alignment = (rates["TP"] - rates["plain"])[_places(data, texts)].mean(axis=0)
     distance = {v: np.abs(rankdata(p["similarity"]) - rankdata(p["gold"])) / len(p) for v, p in pairs.items()}
     known = ~np.isnan(alignment)  # a sentence without tokens that count has no rate
     alignment, gain = alignment[known], 100 * (distance["plain"] - distance["TP"])[known]
     # A resample of few pairs can hold one value only, and then has no correlation.
     low, high = np.nanpercentile(bootstrap_spearman(alignment, gain[None], draws), [2.5, 97.5])
-    return {"gain in LAR": alignment.mean(), "gain in STS": gain.mean(), "spearman": spearman(alignment, gain), "low": low, "high": high}
+    means = {"gain in LAR": alignment.mean(), "gain in STS": gain.mean()}
+    return means | {"spearman": spearman(alignment, gain), "low": low, "high": high}
 
 
 def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes: Sequence[int]) -> pd.DataFrame:
@@ -50,27 +51,25 @@ def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes:
     Args:
         states: method -> embeddings (texts, hidden). target: those of the embedder, the same texts.
 
-    Returns:
-        Columns method, N, centred, v_1, share, share_each (see `lib.spectrum.component_variation`, over the N texts) and
-        cosine with the uncentred first component of all texts.
+    Returns columns method, N, centred, v_1, share, share_each (see `lib.spectrum.component_variation`, over the N texts) and
+    cosine with the uncentred first component of all texts.
     """
     rows = []
     for method, embeddings in states.items():
         whole = principal_components(embeddings)[0][0]
-        for centred in (False, True):
-            for n in sorted({min(size, len(embeddings)) for size in sizes}):
-                components = principal_components(embeddings[:n], centred)[0]
-                first = component_variation(embeddings[:n], target[:n], components).iloc[0]
-                rows.append({"method": method, "N": n, "centred": centred, "v_1": first["variation"], "share": first["share"],
-                             "share_each": first["share_each"], "cosine": abs(components[0] @ whole)})
-    return pd.DataFrame(rows)
+        counts = sorted({min(size, len(embeddings)) for size in sizes})
+        for centred, n in product((False, True), counts):
+            components = principal_components(embeddings[:n], centred)[0]
+            first = component_variation(embeddings[:n], target[:n], components).iloc[0]
+            shares = first[["variation", "share", "share_each"]]
+            rows.append((method, n, centred, *shares, abs(components[0] @ whole)))
+    return pd.DataFrame(rows, columns=["method", "N", "centred", "v_1", "share", "share_each", "cosine"])
 
 
-def two_rule_scores(runs: Callable[[TokenRule], dict[str, pd.DataFrame]], ks: Sequence[int] = (10,), draws: int = 200) -> pd.DataFrame:
-    """`lib.alignment.alignment_scores` of all tokens, and of content words alone (metrics named so).
+def two_rule_scores(runs: Callable[[TokenRule], dict], ks: Sequence[int] = (10,), draws: int = 200) -> pd.DataFrame:
+    """`alignment_scores` of all tokens, and of content words alone (metrics named so).
 
-    Args:
-        runs: counting rule -> label -> table from `lib.alignment.token_ranks`.
+    `runs` gives for a counting rule the tables of `lib.alignment.token_ranks` by label.
     """
     content = alignment_scores(runs(CONTENT_RULE), ks, draws=draws)
     content["metric"] += CONTENT
@@ -79,23 +78,20 @@ def two_rule_scores(runs: Callable[[TokenRule], dict[str, pd.DataFrame]], ks: Se
 
 def shift_study(
     backbone: Backbone, states: dict[str, np.ndarray], texts: Sequence[str], first: dict[str, np.ndarray],
-    v1: dict[str, float], multiples: Sequence[float], draws: int = 200,
+    v1: dict[str, float], multiples: Sequence[float],
 ) -> pd.DataFrame:
     """Alignment of the last layer's embeddings after h + m v_1 u_1, for each multiple m.
 
     Args:
         states: method -> embeddings (texts, hidden). first, v1: method -> u_1 (hidden,) and v_1.
 
-    Returns:
-        Columns method, amount (m), metric (of `STUDIED`), value, low, high.
+    Returns columns method, amount (m), metric (of `STUDIED`), value, low, high.
     """
     tables = []
     for method, h in states.items():
-        moved = {m: shift_component(h, first[method], m * v1[method]) for m in multiples}
-        scores = two_rule_scores(lambda rule: {m: embedding_ranks(backbone, e, -1, texts, rule) for m, e in moved.items()}, draws=draws)
+        scores = _decoded_scores(backbone, {m: shift_component(h, first[method], m * v1[method]) for m in multiples}, texts)
         tables.append(scores.rename(columns={"run": "amount"}).assign(method=method))
-    table = pd.concat(tables)
-    return table[table["metric"].isin(STUDIED)]
+    return pd.concat(tables)
 
 
 def adjustments(
@@ -108,8 +104,7 @@ def adjustments(
         states: method -> last layer's embeddings of `texts`, which hold every sentence of `data`. corpus: method ->
             embeddings that mean, components and v_1 come from.
 
-    Returns:
-        Columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), change, low, high: of STS against no adjustment.
+    Returns columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and change, low, high of STS against none.
     """
     at, tables = _places(data, texts), []
     for method, h in states.items():
@@ -118,13 +113,21 @@ def adjustments(
             "none": h, "shifted by v_1": shift_component(h, u1, v1[method]),
             "mean subtracted": centre(h, corpus[method].mean(axis=0)), "first component removed": remove_component(h, u1),
         }
-        scores = two_rule_scores(lambda rule: {k: embedding_ranks(backbone, e, -1, texts, rule) for k, e in adjusted.items()}, draws=2)
-        aligned = scores.pivot(index="run", columns="metric", values="value")[list(STUDIED)]
-        runs = {k: pd.DataFrame({"gold": data["score"], "similarity": cosine(e[at[0]], e[at[1]])}) for k, e in adjusted.items()}
+        aligned = _decoded_scores(backbone, adjusted, texts, draws=2).pivot(index="run", columns="metric", values="value")
+        runs = {name: pd.DataFrame({"gold": data["score"], "similarity": cosine(*e[at])}) for name, e in adjusted.items()}
         sts = compare_runs(runs, "none", draws).set_index("run")[["score", "difference", "low", "high"]]
         tables.append(aligned.loc[list(adjusted)].join(sts).reset_index(names="adjustment").assign(method=method))
     table = pd.concat(tables).rename(columns={"score": "STS", "difference": "change"})
     return table[["method", "adjustment", *STUDIED, "STS", "change", "low", "high"]]
+
+
+def _decoded_scores(backbone: Backbone, embeddings: dict, texts: Sequence[str], draws: int = 200) -> pd.DataFrame:
+    """`two_rule_scores` of the last layer's embeddings of `texts`, by label; metrics of `STUDIED` only."""
+    def ranks(rule: TokenRule) -> dict:
+        return {label: embedding_ranks(backbone, states, -1, texts, rule) for label, states in embeddings.items()}
+
+    scores = two_rule_scores(ranks, draws=draws)
+    return scores[scores["metric"].isin(STUDIED)]
 
 
 def _places(data: Dataset, texts: Sequence[str]) -> np.ndarray:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,35 +18,28 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from lib import sources
-from lib.data import cap_rows, provenance
+from lib.data import cap_rows
 from lib.download import DownloadError, fetch_files
 from lib.sources import DataError, DataSource, SampleDataWarning, make_dataset, read_lines
 
 SAMPLE = "sample"
 TEXT_FEATURES = Features({"id": Value("string"), "text": Value("string")})
-QRELS_HEADER = ("query-id", "corpus-id", "score")
+QRELS_KEYS = ("query-id", "corpus-id", "score")
 HUB_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
+# The document that has the query's own id.
 SELF = "self"
 
 
 @dataclass(frozen=True)
 class BeirSet:
-    """What is known of a set before it is read.
-
-    Args:
-        documents, queries, judgements: how many there are; of the queries, those that are judged in the test part.
-        repo: its repository on the hub; "" if it is not there.
-        excluded: a file with pairs that an evaluation can take out of the ranking, or `SELF`: the document that has the
-            query's own id.
-        missing: how many judgements name a document that the corpus lacks. They count as relevant and are never found.
-    """
+    """What is known of a set before it is read."""
 
     documents: int
-    queries: int
+    queries: int  # those that are judged in the test part
     judgements: int
-    repo: str = ""
-    excluded: str = ""
-    missing: int = 0
+    repo: str = ""  # on the hub; "" if it is not there
+    excluded: str = ""  # a file with pairs that an evaluation can take out of the ranking, or SELF
+    missing: int = 0  # judgements of documents that the corpus lacks; they count as relevant and are never found
 
 
 SETS = {
@@ -71,50 +65,49 @@ class RetrievalData:
         excluded: query id -> documents that an evaluation can take out of the ranking. Say which was done.
     """
 
-    name: str
     corpus: Dataset
     queries: Dataset
     qrels: dict[str, dict[str, int]]
-    excluded: dict[str, frozenset[str]]
+    excluded: dict[str, set[str]]
     source: DataSource
 
 
 def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
-    """Load a retrieval set, one of `SETS`.
+    """Load a retrieval set, one of `SETS`, from `source` or where `find_beir` finds it.
 
     A document's text is its title and text; where the text begins with the title (Cranfield), the title is not repeated.
     A document may be empty (two of Cranfield's are). Queries without a judgement in the test part are left out.
-
-    Args:
-        source: where its files are; None asks `find_beir`.
 
     Raises:
         ValueError: no such set.
         DataError: the set cannot be had, or a file of it is missing, short or malformed.
     """
     known, source, hashes = _known(name), source or find_beir(name), {}
-    documents = {i: _joined(row.get("title") or "", row["text"]) for i, row in _read_texts(source.path, "corpus.jsonl", hashes)}
-    queries = {}
-    for i, row in _read_texts(source.path, "queries.jsonl", hashes):
-        if not row["text"].strip():
-            raise DataError(f"{source.path / 'queries.jsonl'}: expected a text in query {i!r}, found none.")
+    documents, queries = {}, {}
+    for i, row in _read_texts(source.path, "corpus.jsonl", hashes).items():
+        title, text = (row.get("title") or "").strip(), row["text"].strip()
+        documents[i] = text if text.startswith(title) else f"{title} {text}".strip()
+    for i, row in _read_texts(source.path, "queries.jsonl", hashes).items():
         queries[i] = row["text"].strip()
+        if not queries[i]:
+            raise DataError(f"{source.path / 'queries.jsonl'}: expected a text in query {i!r}, found none.")
     qrels = _read_qrels(source.path, hashes, queries)
     queries = {i: text for i, text in queries.items() if i in qrels}
-    pairs = [(query, document) for query, grades in qrels.items() for document in grades]
+    judged = [document for grades in qrels.values() for document in grades]
     for what, found, expected in (
-        ("documents", len(documents), known.documents), ("judged queries", len(queries), known.queries),
-        ("judgements", len(pairs), known.judgements),
-        ("judgements of documents that are not in the corpus", sum(d not in documents for _, d in pairs), known.missing),
+        ("documents", len(documents), known.documents),
+        ("judged queries", len(queries), known.queries),
+        ("judgements", len(judged), known.judgements),
+        ("judgements of documents that are not in the corpus", sum(d not in documents for d in judged), known.missing),
     ):
         if found != expected:
             raise DataError(f"{source.path}: found {found} {what}, expected {expected}.")
-    excluded = _excluded(known, source.path, hashes, documents, queries)
+    excluded = _read_excluded(known.excluded, source.path, hashes, documents, queries)
     corpus, queries = (
         make_dataset([{"id": i, "text": t} for i, t in texts.items()], TEXT_FEATURES, source, hashes, task=name, part=part)
         for part, texts in (("corpus", documents), ("queries", queries))
     )
-    return RetrievalData(name, corpus, queries, qrels, excluded, source)
+    return RetrievalData(corpus, queries, qrels, excluded, source)
 
 
 def load_beir_sets(names: Iterable[str]) -> tuple[dict[str, RetrievalData], dict[str, str]]:
@@ -138,32 +131,38 @@ def load_beir_sets(names: Iterable[str]) -> tuple[dict[str, RetrievalData], dict
 
 
 def find_beir(name: str) -> DataSource:
-    """The folder that holds the files of a set: `$TP_DATA_DIR/beir/<name>`, `data/downloads/beir/<name>`, where what the
-    hub has is downloaded to. Unlike SentEval's, these sets are looked for one by one, and none stands in for another.
+    """Where a set is (`find_folder`). Each is looked for on its own; unlike SentEval's, none stands in for another.
 
     Raises:
-        ValueError: no such set. DataError: it is nowhere; the message says what to do.
+        ValueError: no such set. DataError: it is nowhere.
     """
-    known, folder = _known(name), os.environ.get("TP_DATA_DIR", "")
+    known = _known(name)
     if name == SAMPLE:
         return DataSource("sample", sources.DATA / "sample" / "beir")
-    own = Path(folder).expanduser() / "beir" / name
+    return find_folder(f"The retrieval set {name!r}", f"beir/{name}", known.repo, HUB_FILES)
+
+
+def find_folder(what: str, place: str, repo: str, files: Sequence[str]) -> DataSource:
+    """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, where `files` are downloaded to if `repo` is not "".
+
+    Raises `DataError` if it is nowhere; the message names `what` was looked for and says what to do.
+    """
+    folder = os.environ.get("TP_DATA_DIR", "")
+    own, path = Path(folder).expanduser() / place, sources.DATA / "downloads" / place
     if folder and own.is_dir():
         return DataSource("folder", own)
-    path = sources.DATA / "downloads" / "beir" / name
     reason = "it is not on the hub"
     try:
-        if known.repo and not path.is_dir():
-            fetch_files(known.repo, HUB_FILES, path)
+        if repo and not path.is_dir():
+            fetch_files(repo, files, path)
         if path.is_dir():
             return DataSource("downloads", path)
     except DownloadError as error:
         reason = f"the Hugging Face hub: {error}"
-    advice = "go online and start again, or put" if known.repo else "put"
     raise DataError(
-        f"The retrieval set {name!r} is not here. Tried: $TP_DATA_DIR/beir/{name} ({'not there' if folder else 'not set'}), "
-        f"data/downloads/beir/{name} (not there); {reason}. To get it, {advice} its files into one of these folders: "
-        f"see data/README.md."
+        f"{what} is not here. Tried: $TP_DATA_DIR/{place} ({'not there' if folder else 'not set'}), data/downloads/{place} "
+        f"(not there); {reason}. To get it, {'go online and start again, or ' if repo else ''}put its files into one of "
+        f"these folders: see data/README.md."
     )
 
 
@@ -173,19 +172,13 @@ def sample_set(data: RetrievalData, queries: int | None, documents: int | None, 
     """
     kept = cap_rows(data.queries, queries, seed)
     needed = {document for query in kept["id"] for document in (*data.qrels[query], *data.excluded.get(query, ()))}
-    others = [i for i, document in enumerate(data.corpus["id"]) if document not in needed]
+    others = [document for document in data.corpus["id"] if document not in needed]
     room = len(others) if documents is None else max(0, documents - (len(data.corpus) - len(others)))
     if room >= len(others):
         return replace(data, queries=kept)
-    drawn = set(np.random.default_rng(seed).choice(others, room, replace=False).tolist())
-    corpus = data.corpus.select([i for i, document in enumerate(data.corpus["id"]) if document in needed or i in drawn])
-    _add_cap(corpus, {"documents": documents, "judged for queries": len(kept), "seed": seed})
-    return replace(data, corpus=corpus, queries=kept)
-
-
-def _add_cap(dataset: Dataset, cap: dict) -> None:
-    about = {k: v for k, v in provenance(dataset).items() if k != "rows"}
-    dataset.info.description = json.dumps(about | {"caps": [*about["caps"], cap]})
+    drawn = np.random.default_rng(seed).choice(others, room, replace=False)
+    cap = {"documents": documents, "judged for queries": len(kept), "seed": seed}
+    return replace(data, corpus=_with_ids(data.corpus, needed.union(drawn.tolist()), cap), queries=kept)
 
 
 def hold_out(queries: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -196,10 +189,17 @@ def hold_out(queries: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]
     if count >= len(queries):
         raise ValueError(f"Of {len(queries)} queries, {count} cannot be held out: none would be left to report on.")
     chosen = cap_rows(queries, count, seed)
-    held = set(chosen["id"])
-    rest = queries.select([i for i, query in enumerate(queries["id"]) if query not in held])
-    _add_cap(rest, {"without": {"count": count, "seed": seed}})
-    return chosen, rest
+    rest = set(queries["id"]).difference(chosen["id"])
+    return chosen, _with_ids(queries, rest, {"without": {"count": count, "seed": seed}})
+
+
+def _with_ids(dataset: Dataset, ids: set[str], cap: dict) -> Dataset:
+    """The rows with these ids; `cap` says in their provenance how they were chosen."""
+    rows = dataset.select([i for i, identity in enumerate(dataset["id"]) if identity in ids])
+    about = json.loads(rows.info.description)
+    about["caps"].append(cap)
+    rows.info.description = json.dumps(about)
+    return rows
 
 
 def _known(name: str) -> BeirSet:
@@ -208,79 +208,65 @@ def _known(name: str) -> BeirSet:
     return SETS[name]
 
 
-def _joined(title: str, text: str) -> str:
-    title, text = title.strip(), text.strip()
-    return text if text.startswith(title) else f"{title} {text}".strip()
+# The readers below add each file's SHA-256 to `hashes`.
 
 
-def _read_objects(folder: Path, name: str, hashes: dict[str, str], keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
-    """Where it stands, and the object, for each line of a file of JSON objects that have these keys."""
-    for number, line in enumerate(read_lines(folder, name, hashes), 1):
+def _read_rows(folder: Path, name: str, hashes: dict[str, str], keys: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """The rows of JSON lines, or of columns between tabs under a header: where each stands, and its values by key."""
+    lines, is_table, names = read_lines(folder, name, hashes), name.endswith(".tsv"), ", ".join(keys)
+    if is_table and lines[:1] != ["\t".join(keys)]:
+        found = "".join(lines[:1])[:40]
+        raise DataError(f"{folder / name}, line 1: expected the header {names} between tabs, found {found!r}.")
+    for number, line in list(enumerate(lines, 1))[is_table:]:
         where = f"{folder / name}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = dict(zip(keys, line.split("\t"), strict=True)) if is_table else json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate, written \ud800, is no text
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not all(key in row for key in keys):
-            raise DataError(f"{where}: expected a JSON object with {', '.join(keys)}, found {line[:40]!r}.")
+            expected = f"{names} between tabs" if is_table else f"a JSON object with {names}"
+            raise DataError(f"{where}: expected {expected}, found {line[:40]!r}.")
         yield where, row
 
 
-def _read_texts(folder: Path, name: str, hashes: dict[str, str]) -> Iterator[tuple[str, dict]]:
-    """(id, object) for each line of a corpus or of queries."""
-    seen = set()
-    for where, row in _read_objects(folder, name, hashes, ("_id", "text")):
+def _read_texts(folder: Path, name: str, hashes: dict[str, str]) -> dict[str, dict]:
+    """The rows of a corpus or of queries by their id."""
+    rows = {}
+    for where, row in _read_rows(folder, name, hashes, ("_id", "text")):
         identity = str(row["_id"])
-        if not isinstance(row["text"], str):
-            raise DataError(f"{where}: expected a string in text, found {row['text']!r:.40}.")
-        if identity in seen:
+        for key, text in {"text": row["text"], "title": row.get("title") or ""}.items():
+            if not isinstance(text, str):
+                raise DataError(f"{where}: expected a string in {key}, found {text!r:.40}.")
+        if identity in rows:
             raise DataError(f"{where}: the _id {identity!r} has been used before.")
-        seen.add(identity)
-        yield identity, row
-
-
-def _read_pairs(folder: Path, name: str, hashes: dict[str, str]) -> Iterator[tuple[str, str, str, object]]:
-    """(where, query, document, score) for each line of judgements: JSON lines, or tab-separated with a header."""
-    if name.endswith(".jsonl"):
-        for where, row in _read_objects(folder, name, hashes, QRELS_HEADER):
-            yield where, str(row["query-id"]), str(row["corpus-id"]), row["score"]
-        return
-    for number, line in enumerate(read_lines(folder, name, hashes), 1):
-        where, fields = f"{folder / name}, line {number}", tuple(line.split("\t"))
-        if len(fields) != 3 or (number == 1) != (fields == QRELS_HEADER):
-            expected = "the header query-id, corpus-id, score" if number == 1 else "query-id, corpus-id, score"
-            raise DataError(f"{where}: expected {expected} between tabs, found {line[:40]!r}.")
-        if number > 1:
-            yield where, *fields
+        rows[identity] = row
+    return rows
 
 
 def _read_qrels(folder: Path, hashes: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Judgements of the test part, from test.tsv as BEIR has it or test.jsonl as the hub has it."""
+    """Judgements of the test part, from test.jsonl as the hub has it or test.tsv as BEIR has it."""
     name = "qrels/test.jsonl" if (folder / "qrels" / "test.jsonl").is_file() else "qrels/test.tsv"
     qrels: dict[str, dict[str, int]] = {}
-    for where, query, document, score in _read_pairs(folder, name, hashes):
-        try:
-            grade = float(score)
-        except (TypeError, ValueError):
-            grade = -1.0
-        if grade < 0 or not grade.is_integer():
+    for where, row in _read_rows(folder, name, hashes, QRELS_KEYS):
+        query, document, score = (str(row[key]) for key in QRELS_KEYS)
+        if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", score):
             raise DataError(f"{where}: expected a whole score from 0, found {score!r:.20}.")
         if query not in queries:
             raise DataError(f"{where}: the query {query!r} is not in queries.jsonl.")
         if document in qrels.setdefault(query, {}):
             raise DataError(f"{where}: the query {query!r} and the document {document!r} have been judged before.")
-        qrels[query][document] = int(grade)
+        qrels[query][document] = int(float(score))
     return qrels
 
 
-def _excluded(known: BeirSet, folder: Path, hashes: dict, documents: dict, queries: dict) -> dict[str, frozenset[str]]:
-    if known.excluded == SELF:
-        pairs = [(query, query) for query in queries if query in documents]
-    else:
-        pairs = [row[1:3] for row in _read_pairs(folder, known.excluded, hashes)] if known.excluded else []
-    excluded: dict[str, frozenset[str]] = {}
-    for query, document in pairs:
+def _read_excluded(name: str, folder: Path, hashes: dict, documents: dict, queries: dict) -> dict[str, set[str]]:
+    if name == SELF:
+        return {query: {query} for query in queries if query in documents}
+    excluded: dict[str, set[str]] = {}
+    for where, row in _read_rows(folder, name, hashes, QRELS_KEYS) if name else ():
+        query, document = row["query-id"], row["corpus-id"]
         if query not in queries or document not in documents:
-            raise DataError(f"{folder / known.excluded}: no such query and document: {query!r}, {document!r}.")
-        excluded[query] = excluded.get(query, frozenset()) | {document}
+            raise DataError(f"{where}: no such query and document: {query!r}, {document!r}.")
+        excluded.setdefault(query, set()).add(document)
     return excluded

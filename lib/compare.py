@@ -31,7 +31,8 @@ def published() -> pd.DataFrame:
 def ours() -> pd.DataFrame:
     """What the notebooks measured of it: the columns `KEYS`, ours, status and profile."""
     tables = [pd.read_csv(path).assign(profile=path.parent.name) for path in sorted(FIGURES.glob("*/*_beside_paper.csv"))]
-    kept = [table.dropna(subset="ours")[[*KEYS, "ours", "status", "profile"]] for table in tables if {*KEYS, "ours"} <= {*table}]
+    columns = [*KEYS, "ours", "status", "profile"]
+    kept = [table.dropna(subset="ours")[columns] for table in tables if {*KEYS, "ours"} <= {*table}]
     return pd.concat(kept) if kept else pd.DataFrame(columns=[*KEYS, "ours", "status", "profile"])
 
 
@@ -52,8 +53,8 @@ def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFra
     merged["tolerance"] = merged["metric"].map(TOLERANCE)
     merged["difference"] = merged["ours"] - merged["paper"]
     merged["status"] = [_status(row, explanations) for row in merged.itertuples()]
-    columns = ["table", "model", "method", "tp", "variant", "task", "metric", "paper", "ours", "difference", "tolerance", "status", "profile"]
-    return merged[columns].sort_values("table", kind="stable", ignore_index=True)
+    numbers = ["paper", "ours", "difference", "tolerance", "status", "profile"]
+    return merged[["table", *KEYS, "variant", "metric", *numbers]].sort_values("table", kind="stable", ignore_index=True)
 
 
 def _status(row, explanations: pd.DataFrame) -> str:

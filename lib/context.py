@@ -27,12 +27,11 @@ def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd
     """
     layer, rows = encoder.exit_layer, []
     for number, sentence in enumerate(sentences):
-        ids, span, applied = _one(encoder, sentence)
+        ids, span, _, applied = _one(encoder, sentence)
         with applied:
             states = read_states(encoder.backbone, ids, [layer])[layer][0].float().cpu().numpy()
         ranks = rankdata(np.concatenate([states[span], states[-1:]]), axis=1)
-        correlation = np.corrcoef(ranks)[-1, :-1]
-        rows += [(number, token, 100 * value) for token, value in enumerate(correlation)]
+        rows += [(number, token, 100 * value) for token, value in enumerate(np.corrcoef(ranks)[-1, :-1])]
     return pd.DataFrame(rows, columns=["sentence", "token", "correlation"])
 
 
@@ -45,8 +44,7 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
     backbone, rows = encoder.backbone, []
     with _eager_attention(backbone):
         for number, sentence in enumerate(sentences):
-            ids, span, applied = _one(encoder, sentence)
-            placeholder = encoder._tokenize(encoder._templates[0], [encoder.prompt.prepare(sentence)]).placeholders[0]
+            ids, span, placeholder, applied = _one(encoder, sentence)
             with applied:
                 attentions = backbone.base(input_ids=ids, use_cache=False, output_attentions=True).attentions
             texts = [backbone.tokenizer.decode(token).strip() for token in ids[0, span]]
@@ -57,13 +55,15 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
 
 
 def _one(encoder: SentenceEncoder, sentence: str):
-    """One sentence in the prompt's first template: token ids (1, tokens), the slice of its own tokens, TP as a context."""
-    template = encoder._templates[0]
-    rows = encoder._tokenize(template, [encoder.prompt.prepare(sentence)], mean_span=True)
+    """One sentence in the prompt's first template: token ids (1, tokens), the slice of its own tokens, the placeholder's
+    position or None, and TP as a context."""
+    rows = encoder._tokenize(encoder._templates[0], [encoder.prompt.prepare(sentence)], mean_span=True)
     rows.prefix = 0
     ids, placeholders, first, last = encoder._positions(rows, [0])
     span = slice(int(first), int(last) + 1 - closing_tokens(encoder.backbone, encoder.prompt))
-    return ids, span, encoder.tp.attach(encoder.backbone, placeholders, last) if encoder.tp else nullcontext()
+    if encoder.tp is None:
+        return ids, span, None, nullcontext()
+    return ids, span, int(placeholders[0, 0]), encoder.tp.attach(encoder.backbone, placeholders, last)
 
 
 @contextmanager
@@ -77,8 +77,7 @@ def _eager_attention(backbone: Backbone):
         backbone.model.set_attn_implementation(before)
 
 
-def mean_interval(values: Sequence[float], draws: int = 5_000, seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], draws: int = 5_000) -> tuple[float, float, float]:
     """The mean and its 95 % bootstrap interval (percentiles): mean, low, high."""
-    values = np.asarray(values, np.float64)
-    found = bootstrap((values,), np.mean, n_resamples=draws, method="percentile", rng=np.random.default_rng(seed))
-    return float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    found = bootstrap((values,), np.mean, n_resamples=draws, method="percentile", rng=np.random.default_rng(0))
+    return float(np.mean(values)), *map(float, found.confidence_interval)

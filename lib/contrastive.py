@@ -17,16 +17,18 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lib.adapters import around_peft, merged_backbone, read_adapter, save_adapter
+from lib.batches import token_batches, token_budget
 from lib.data import find_source
-from lib.encoder import BATCH_TOKENS, token_batches
-from lib.models import Backbone, choose_dtype, load_backbone
+from lib.devices import choose_dtype
+from lib.models import Backbone, load_backbone
 from lib.prompts import get_prompt
 from lib.store import ROOT, code_version, fingerprint
 from lib.tokens import PromptTokenizer
-from lib.training_pairs import EVALUATIONS, Pairs, positive_pairs
+from lib.training_pairs import Pairs, positive_pairs
 
 NAME = "smollm2-eol-cse"
 ADAPTERS = ROOT / "data" / "cache" / "adapters"
@@ -34,14 +36,13 @@ ADAPTERS = ROOT / "data" / "cache" / "adapters"
 
 @dataclass(frozen=True)
 class Training:
-    """All that decides an adapter besides backbone, data and code. Fixed beforehand: nothing is chosen while it trains.
+    """All that decides an adapter besides backbone, data and code.
 
     Args:
-        steps: how many batches; then training stops. sample_steps: the same on sample data.
+        steps: how many batches. sample_steps: the same on sample data.
         pairs: in a batch. tokens: the longest prompt, beyond which its sentence is cut.
         learning_rate: AdamW's highest, reached after a tenth of the steps; from there it falls to 0 on a line.
         first_block: the 0-based block from which on the blocks have a LoRA. rank, alpha, targets: of the LoRA.
-        clean: see `lib.training_pairs.positive_pairs`.
     """
 
     prompt: str = "prompteol"
@@ -55,12 +56,11 @@ class Training:
     rank: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    clean: tuple[str, ...] = EVALUATIONS
     seed: int = 3407
 
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean over the rows i of -log(exp(s_ii / t) / sum_j exp(s_ij / t)), s the cosines of `first` and `second` (rows, hidden).
+    """Mean over rows i of -log(exp(s_ii / t) / sum_j exp(s_ij / t)), s the cosines of `first` and `second` (rows, hidden).
 
     A row j of the same group as i (int64, rows) is no negative of i and left out of the sum; j = i stays in.
     """
@@ -71,7 +71,7 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, te
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Row numbers of each batch: all rows in a new order every round. A batch that reaches into the next has no row twice."""
+    """Row numbers of each batch: all rows in a new order every round, and never a row twice in a batch."""
     generator = np.random.default_rng(seed)
     size = min(size, count)
     order = np.concatenate([generator.permutation(count) for _ in range(-(-steps * size // count))])
@@ -79,15 +79,21 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
 
 
 def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> dict:
-    """Train a LoRA on a copy of `backbone`; write it to `folder` with `provenance.json`, whole or not at all.
+    """Train a LoRA on a copy of `backbone` and save it to `folder`.
 
     Returns the provenance: config, pairs and data, backbone, code, seconds, the loss of each step, the adapter's SHA-256.
     """
-    begin, device, model = time.perf_counter(), backbone.device, _with_lora(backbone, config)
+    begin, device = time.perf_counter(), backbone.device
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets),
+                      layers_to_transform=list(range(config.first_block, backbone.num_layers)))
+    with around_peft(device):
+        torch.manual_seed(config.seed)
+        model = get_peft_model(copy.deepcopy(backbone.model), lora)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
     steps, rise = config.steps, max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / rise, (steps - k) / max(1, steps - rise)))
+    fall = max(1, steps - rise)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / rise, (steps - k) / fall))
     prompt, tokenize = get_prompt(config.prompt), PromptTokenizer(backbone.tokenizer, config.tokens)
     rows = [tokenize(prompt.templates[0], [prompt.prepare(s) for s in side]).ids for side in (pairs.first, pairs.second)]
     losses, bar = [], tqdm(batches(len(pairs.groups), config.pairs, steps, config.seed), desc=NAME, unit="step")
@@ -101,41 +107,29 @@ def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> d
         schedule.step()
         losses.append(round(loss.item(), 5))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    about = {"config": asdict(config), **pairs.provenance, "backbone": backbone.describe(), "code": code_version("contrastive"),
-             "seconds": round(time.perf_counter() - begin, 1), "losses": losses}
+    about = {"config": asdict(config), **pairs.provenance, "backbone": backbone.describe()}
+    about |= {"code": code_version("contrastive"), "seconds": round(time.perf_counter() - begin, 1), "losses": losses}
     return save_adapter(model, folder, about)
-
-
-def _with_lora(backbone: Backbone, config: Training) -> PeftModel:
-    """A copy of the model whose only trainable parts are the seeded LoRA."""
-    blocks = list(range(config.first_block, backbone.num_layers))
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), layers_to_transform=blocks)
-    with around_peft(backbone.device):
-        torch.manual_seed(config.seed)
-        return get_peft_model(copy.deepcopy(backbone.model), lora)
 
 
 def _embed(model: PeftModel, ids: list[list[int]], device: torch.device) -> torch.Tensor:
     """The last tokens' states after the final norm, (rows, hidden), computed in parts of similar length."""
     states: dict[int, torch.Tensor] = {}
-    for part in token_batches([len(row) for row in ids], BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])):
-        padded = torch.zeros(len(part), max(len(ids[i]) for i in part), dtype=torch.long)
-        for k, i in enumerate(part):
-            padded[k, : len(ids[i])] = torch.tensor(ids[i])
+    for part in token_batches([len(row) for row in ids], token_budget(device)):
+        padded = pad_sequence([torch.tensor(ids[i]) for i in part], batch_first=True)
         output = model.get_base_model().base_model(input_ids=padded.to(device), use_cache=False).last_hidden_state
         states |= {i: output[k, len(ids[i]) - 1] for k, i in enumerate(part)}
     return torch.stack([states[i] for i in range(len(ids))])
 
 
-def smollm2_eol_cse(backbone: Backbone | None = None, config: Training = Training()) -> tuple[Backbone, dict]:
-    """The trained embedder on `backbone` (from `load_backbone()` if None), and the provenance of its adapter.
+def smollm2_eol_cse(backbone: Backbone, config: Training = Training()) -> tuple[Backbone, dict]:
+    """The trained embedder on `backbone`, and the provenance of its adapter.
 
-    The adapter is read from `data/cache/adapters/<fingerprint>/` if one of this config, data, backbone and code is there;
-    else it is trained, in this hardware's fastest dtype, whatever that of `backbone`. A second process waits for the first.
+    The adapter is read from `data/cache/adapters/` if one of this config, data, backbone and code is there; else it is
+    trained, in this hardware's fastest dtype, whatever that of `backbone`. A second process waits for the first.
     """
-    backbone = backbone or load_backbone()
     config = replace(config, steps=config.sample_steps) if find_source().is_sample else config
-    pairs, dtype = positive_pairs(config.clean), choose_dtype(backbone.device)[0]
+    pairs, dtype = positive_pairs(), choose_dtype(backbone.device)[0]
     dtype = "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")  # float16 would need a scaled loss
     code = code_version("contrastive", "training_pairs", "prompts", "tokens")
     folder = ADAPTERS / fingerprint([asdict(config), pairs.provenance, backbone.name, backbone.revision, dtype, code])

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.forward import block_input
+from lib.hooks import block_input
 from lib.models import Backbone
 
 # torch's profiler writes two lines of its own to the terminal for every run, unless told otherwise before its first.
@@ -30,16 +30,16 @@ OPERATIONS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),
     "attention": ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "softmax"),
     "norms, activations, sums": (
-        "add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "mean", "sum", "silu", "gelu", "tanh", "sin",
-        "cos", "layer_norm", "native_layer_norm",
+        "add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "mean", "sum", "silu", "gelu", "tanh",
+        "sin", "cos", "layer_norm", "native_layer_norm",
     ),
     "copies and indexing": (
         "copy_", "_to_copy", "to", "clone", "contiguous", "cat", "index", "index_put_", "_index_put_impl_", "index_select",
         "embedding", "fill_", "empty", "empty_strided", "empty_like", "repeat", "gather",
     ),
 }
-GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names} | {PYTHON: PYTHON}
 OTHER = "other"
+GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names} | {PYTHON: PYTHON}
 
 
 def measure(paths: dict[Hashable, Callable[[], object]], rounds: int = 3) -> dict[Hashable, list[float]]:
@@ -74,13 +74,8 @@ def ratio_quartiles(seconds: Sequence[float], reference: Sequence[float]) -> tup
     return float(median), float(low), float(high)
 
 
-def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over rounds of reference / seconds: how many times faster than the reference, round by round."""
-    return ratio_quartiles(reference, seconds)[0]
-
-
 def _attention_flops(query, key, value, *_, out_shape=None, **__) -> int:
-    """Two products, every query with every key: where a kernel skips what a causal mask hides, it does about half."""
+    """Two products, every query with every key; a kernel that skips what a causal mask hides does about half."""
     return 4 * math.prod(query) * key[-2]
 
 
@@ -143,23 +138,20 @@ def peak_memory(device: torch.device):
 
 def time_by_group(runs: dict[str, Callable[[], object]]) -> pd.DataFrame:
     """Profile one call of each run: columns run, group (of `OPERATIONS`, `PYTHON` or `OTHER`), share of the CPU time."""
-    tables = []
+    shares = {}
     for name, run in runs.items():
         run()  # warm-up
         with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler:
             with record_function(PYTHON):  # its own time is what no operation in it accounts for
                 run()
-        events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-        tables.append(pd.DataFrame(group_times(events)).assign(run=name))
-    return pd.concat(tables, ignore_index=True)[["run", "group", "share"]]
+        shares[name] = group_shares({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    return pd.concat(shares, names=["run", "group"]).rename("share").reset_index()
 
 
-def group_times(events: dict[str, float]) -> list[dict]:
-    """Operation -> own time, as one row per group in a fixed order: group, share of the whole."""
-    times = dict.fromkeys([*OPERATIONS, PYTHON, OTHER], 0.0)
-    for operation, own in events.items():
-        times[GROUPS.get(operation, OTHER)] += own
-    return [{"group": group, "share": own / sum(times.values())} for group, own in times.items()]
+def group_shares(events: dict[str, float]) -> pd.Series:
+    """Operation -> own time, as group -> share of the whole, in a fixed order."""
+    times = pd.Series(events, dtype=float).groupby(lambda name: GROUPS.get(name, OTHER)).sum()
+    return times.reindex([*OPERATIONS, PYTHON, OTHER], fill_value=0.0) / times.sum()
 
 
 def pareto_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:

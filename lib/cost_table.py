@@ -1,4 +1,4 @@
-"""What each method costs: its work counted, its time measured beside the others in one run, its quality, the Pareto front."""
+"""What each method costs: work counted, time measured beside the others in one run, and quality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -19,7 +18,7 @@ from lib.models import Backbone
 from lib.results import Result, run_or_load
 from lib.settings import Setting
 from lib.store import ROOT, STORE, fingerprint
-from lib.sts import bootstrap_spearman, score_table, stored_pairs
+from lib.sts import compare_runs, stored_pairs
 from lib.token_prepending import TokenPrepending
 from lib.workload import PreparedRun, workload
 
@@ -57,7 +56,7 @@ def paper_methods(names: Iterable[str], settings: dict[str, Setting]) -> list[Me
 
     Raises `ValueError` if PromptEOL, to which all times are ratios, is not among the names.
     """
-    exit_layer, methods = settings[REFERENCE].exit_layer, []
+    methods, exit_layer = [], settings[REFERENCE].exit_layer
     for name in _checked(names):
         methods.append(Method(name, VANILLA, exit_layer))
         if name in settings:
@@ -79,7 +78,9 @@ def practical_methods(names: Iterable[str], settings: dict[str, Setting]) -> lis
     return methods
 
 
-def run_methods(backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool) -> pd.DataFrame:
+def run_methods(
+    backbone: Backbone, methods: list[Method], sentences: list[str], rounds: int, one_by_one: bool
+) -> pd.DataFrame:
     """Time all methods in one interleaved run, each round with the machine's matmul peak beside them.
 
     Args:
@@ -96,8 +97,10 @@ def run_methods(backbone: Backbone, methods: list[Method], sentences: list[str],
         work = workload(encoder, sentences, 1 if one_by_one else None, prefix=not one_by_one)
         with peak_memory(backbone.device) as memory:  # also the warm-up
             run()
-        sums = {"sentences": len(sentences), "tokens": work.tokens, "flops": work.flops, "memory": memory["bytes"]}
-        calls[method], counted[method] = run, {"layer": encoder.exit_layer} | sums
+        calls[method], counted[method] = run, {
+            "layer": encoder.exit_layer, "sentences": len(sentences), "tokens": work.tokens, "flops": work.flops,
+            "memory": memory["bytes"],
+        }
     calls["peak"] = lambda: peaks.append(matmul_peak(backbone.dtype, backbone.device, repeats=4))
     seconds = measure(calls, rounds)
     rows = [
@@ -149,19 +152,22 @@ def _by_method(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     return dict(list(runs.groupby(["method", "variant"], sort=False)))
 
 
+def _time_ratio(own: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
+    return dict(zip(("time ratio", "low", "high"), ratio_quartiles(own["seconds"], reference["seconds"])))
+
+
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: work per sentence, time as a ratio to plain PromptEOL (the first of its variants) in the same round.
+    """One row per method: work per sentence, time as a ratio to PromptEOL's first variant in the same round.
 
     `low` and `high` are the quartiles over the rounds, `share of peak` the median of operations/s over the matmul peak.
     """
     reference = runs.loc[runs["method"] == REFERENCE, "variant"].iloc[0]
     groups, rows = _by_method(runs), []
     for (name, variant), own in groups.items():
-        ratio, low, high = ratio_quartiles(own["seconds"], groups[REFERENCE, reference]["seconds"])
         one = own.iloc[0]
         rows.append({
             "method": name, "variant": variant, "layer": one["layer"], "tokens / sentence": one["tokens"] / one["sentences"],
-            "GFLOP / sentence": one["flops"] / one["sentences"] / 1e9, "time ratio": ratio, "low": low, "high": high,
+            "GFLOP / sentence": one["flops"] / one["sentences"] / 1e9, **_time_ratio(own, groups[REFERENCE, reference]),
             "share of peak": (own["flops"] / own["seconds"] / own["peak"]).median(), "peak MB": one["memory"] / 1e6,
         })
     return pd.DataFrame(rows)
@@ -170,12 +176,11 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
 def overhead(runs: pd.DataFrame, tp: str = TP, base: str = VANILLA) -> pd.DataFrame:
     """TP against the same prompt without it, in the same round: time ratio with quartiles, FLOP ratio, tokens added."""
     groups, rows = _by_method(runs), []
-    for name in dict.fromkeys(name for name, variant in groups if variant == tp):
+    for name in [name for name, variant in groups if variant == tp]:
         with_tp, plain = groups[name, tp], groups[name, base]
-        ratio, low, high = ratio_quartiles(with_tp["seconds"], plain["seconds"])
         first, other = with_tp.iloc[0], plain.iloc[0]
         rows.append({
-            "method": name, "time ratio": ratio, "low": low, "high": high, "FLOP ratio": first["flops"] / other["flops"],
+            "method": name, **_time_ratio(with_tp, plain), "FLOP ratio": first["flops"] / other["flops"],
             "more tokens / sentence": (first["tokens"] - other["tokens"]) / first["sentences"],
         })
     return pd.DataFrame(rows)
@@ -184,17 +189,13 @@ def overhead(runs: pd.DataFrame, tp: str = TP, base: str = VANILLA) -> pd.DataFr
 def quality(
     backbone: Backbone, methods: list[Method], data: Dataset, task: str, draws: int = 1000
 ) -> tuple[pd.DataFrame, list[dict]]:
-    """Spearman x 100 on one STS data set with its bootstrap interval: method, variant, score, from, to; and the provenance."""
-    tables, provenance = [], []
+    """Spearman x 100 on an STS set with its interval (method, variant, score, from, to), and the provenance."""
+    runs, provenance = {}, []
     for (name, tp), group in groupby(methods, key=lambda m: (m.name, m.tp)):
-        group = list(group)
-        layers = [backbone.layer_index(m.exit_layer) for m in group]  # of one method without TP all layers come from one pass
-        result = stored_pairs(group[0].encoder(backbone, STORE), {task: data}, layers)
+        variants = {m.variant: backbone.layer_index(m.exit_layer) for m in group}
+        result = stored_pairs(Method(name, "", -1, tp).encoder(backbone, STORE), {task: data}, variants.values())
         provenance.append(result.provenance)
-        for method, layer in zip(group, layers):
-            pairs = result.value[result.value["layer"] == layer]
-            draws_of = bootstrap_spearman(pairs["gold"].to_numpy(), [pairs["similarity"].to_numpy()], draws)
-            low, high = np.percentile(draws_of, [2.5, 97.5])
-            score = score_table({(name, method.variant): pairs})[task].item()
-            tables.append({"method": name, "variant": method.variant, "score": score, "from": low, "to": high})
-    return pd.DataFrame(tables), provenance
+        runs |= {(name, variant): result.value[result.value["layer"] == layer] for variant, layer in variants.items()}
+    scores = compare_runs(runs, next(iter(runs)), draws).rename(columns={"score_low": "from", "score_high": "to"})
+    names = pd.DataFrame(list(runs), columns=["method", "variant"])
+    return pd.concat([names, scores[["score", "from", "to"]]], axis=1), provenance

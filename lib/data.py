@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from lib.sources import DataError, DataSource, SampleDataWarning, find_source, forget_sources, make_dataset, read_lines
+from lib.sources import DataError, DataSource, SampleDataWarning, find_source, forget_sources, make_dataset, read_numbered
 from lib.transfer_data import TRANSFER_TASKS, load_transfer, transfer_tasks
 
 __all__ = [
@@ -31,27 +31,16 @@ STS_FEATURES = Features(
 
 @dataclass(frozen=True)
 class PairFile:
-    """A file of sentence pairs, one a line, columns separated by tabs, never quoted.
+    """A file of sentence pairs, one a line, columns separated by tabs, never quoted."""
 
-    Args:
-        path: below the source's folder.
-        rows: how many scored pairs it holds, in the split it is read for.
-        columns: what they hold. Kept are subset, sentence1, sentence2 and score; by a column split, rows are chosen.
-        subset: of all rows, where no column says it.
-        scores: a file with the scores, line by line; an empty line means that the pair was never scored.
-        header: its first line, if that is one.
-        more: whether further columns may follow.
-        lowest: the lowest possible score; the highest is 5.
-    """
-
-    path: str
-    rows: int
-    columns: tuple[str, ...] = ("sentence1", "sentence2")
-    subset: str = ""
-    scores: str = ""
+    path: str  # below the source's folder
+    rows: int  # how many scored pairs it holds, in the split it is read for
+    columns: tuple[str, ...] = ("sentence1", "sentence2")  # by a column split, rows are chosen
+    subset: str = ""  # of all rows, where no column says it
+    scores: str = ""  # a file with the scores, line by line; an empty line means that the pair was never scored
     header: str = ""
-    more: bool = False
-    lowest: float = 0.0
+    more: bool = False  # whether further columns may follow
+    lowest: float = 0.0  # possible score; the highest is 5
 
 
 _STSB = functools.partial(
@@ -76,14 +65,17 @@ _SEMEVAL = {
 }
 
 
-def _semeval(task: str, rows: dict[str, int]) -> tuple[PairFile, ...]:
+def _semeval(task: str) -> tuple[PairFile, ...]:
     stem = f"STS/{task}-en-test/STS."
-    return tuple(PairFile(f"{stem}input.{k}.txt", rows[k], subset=k, scores=f"{stem}gs.{k}.txt") for k in rows)
+    return tuple(
+        PairFile(f"{stem}input.{subset}.txt", rows, subset=subset, scores=f"{stem}gs.{subset}.txt")
+        for subset, rows in _SEMEVAL[task].items()
+    )
 
 
 # task -> split -> its files
 STS_FILES: dict[str, dict[str, tuple[PairFile, ...]]] = {
-    **{task: {"test": _semeval(task, rows)} for task, rows in _SEMEVAL.items()},
+    **{task: {"test": _semeval(task)} for task in _SEMEVAL},
     "STS-B": {
         "train": (_STSB("STS/STSBenchmark/sts-train.csv", 5749),),
         "dev": (_STSB("STS/STSBenchmark/sts-dev.csv", 1500),),
@@ -113,12 +105,11 @@ def load_sts(task: str, split: str = "test", source: DataSource | None = None) -
         source: from `find_source`, which is asked if it is None.
 
     Returns:
-        A `Dataset` with the columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R
-        1 to 5), which carries its `provenance`. Pairs without a score are left out, as in SentEval.
+        Columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R 1 to 5), with
+        `provenance`. Pairs without a score are left out, as in SentEval.
 
-    Raises:
-        ValueError: no such task or split.
-        DataError: a file is missing, short or malformed, or the sample has no such split.
+    Raises `ValueError` if there is no such task or split, `DataError` if a file is missing, short or malformed or the sample
+    has no such split.
     """
     source = source or find_source()
     tasks = tuple(STS_FILES) if source.is_sample else STS_TASKS
@@ -140,18 +131,18 @@ def cap_rows(dataset: Dataset, count: int | None, seed: int, within: str | None 
     With `within`, a column, at most `count` rows of each of its values; they are drawn value by value, in the order in
     which the values first appear. What was drawn is added to the provenance. Raises `ValueError` if `count` is below 1.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"A data set needs at least one row, got count={count}.")
-    if count is None or count >= len(dataset):
+    if count is None:
         return dataset
+    if count < 1:
+        raise ValueError(f"A data set needs at least one row, got count={count}.")
     values = np.array(dataset[within][:]) if within else np.zeros(len(dataset))
     groups = [np.flatnonzero(values == value) for value in dict.fromkeys(values)]
-    if max(map(len, groups)) <= count:
+    if all(len(rows) <= count for rows in groups):
         return dataset
     generator = np.random.default_rng(seed)
     chosen = [generator.choice(rows, count, replace=False) if len(rows) > count else rows for rows in groups]
-    capped = dataset.select(np.sort(np.concatenate(chosen)))
-    about, cap = _about(dataset), {"count": count, "seed": seed} | ({"within": within} if within else {})
+    capped, about = dataset.select(np.sort(np.concatenate(chosen))), provenance(dataset)
+    cap = {"count": count, "seed": seed} | ({"within": within} if within else {})
     capped.info.description = json.dumps(about | {"caps": [*about["caps"], cap]})
     return capped
 
@@ -163,12 +154,8 @@ def provenance(dataset: Dataset) -> dict:
 
     Raises `ValueError` for a data set from elsewhere.
     """
-    return _about(dataset) | {"rows": len(dataset)}
-
-
-def _about(dataset: Dataset) -> dict:
     try:
-        return json.loads(dataset.info.description)
+        return json.loads(dataset.info.description) | {"rows": len(dataset)}
     except json.JSONDecodeError:
         raise ValueError("This data set carries no provenance: it was not loaded by lib.data.") from None
 
@@ -176,29 +163,24 @@ def _about(dataset: Dataset) -> dict:
 def _read_pairs(folder: Path, file: PairFile, split: str, hashes: dict[str, str]) -> list[dict]:
     """The scored pairs of one file, as dicts with the keys of `STS_FEATURES`. Adds to `hashes`. Raises `DataError`."""
     path = folder / file.path
-    scores_path = folder / file.scores if file.scores else path
-    lines = read_lines(folder, file.path, hashes)
-    scores = read_lines(folder, file.scores, hashes) if file.scores else [""] * len(lines)
+    lines = read_numbered(folder, file.path, hashes, file.header)
+    scores = read_numbered(folder, file.scores, hashes) if file.scores else [(where, "") for where, _ in lines]
     if len(scores) != len(lines):
-        raise DataError(f"{scores_path}: found {len(scores)} lines, expected {len(lines)}, one for each of {path.name}.")
-    if file.header and lines[:1] != [file.header]:
-        raise DataError(f"{path}, line 1: expected the header {file.header!r}.")
+        expected = f"{len(lines)}, one for each of {path.name}"
+        raise DataError(f"{folder / file.scores}: found {len(scores)} lines, expected {expected}.")
     rows = []
-    for number, (line, score) in enumerate(zip(lines, scores, strict=True), 1):
-        if number == 1 and file.header:
-            continue
+    for (where, line), (score_where, score) in zip(lines, scores):
         fields, wanted = line.split("\t"), len(file.columns)
         if len(fields) < wanted or (len(fields) > wanted and not file.more):
             names = ", ".join(file.columns)
-            raise DataError(f"{path}, line {number}: found {len(fields)} columns, expected {wanted} between tabs: {names}.")
-        row = {"subset": file.subset, "score": score} | dict(zip(file.columns, fields, strict=False))
+            raise DataError(f"{where}: found {len(fields)} columns, expected {wanted} between tabs: {names}.")
+        row = {"subset": file.subset, "score": score} | dict(zip(file.columns, fields))
         if row.get("split", split) != split or (file.scores and not score.strip()):
             continue
         for key in ("sentence1", "sentence2"):
             if not row[key].strip():
-                raise DataError(f"{path}, line {number}: expected a sentence in {key}, found none.")
-        row["score"] = _score(row["score"], file.lowest, f"{scores_path}, line {number}")
-        rows.append(row)
+                raise DataError(f"{where}: expected a sentence in {key}, found none.")
+        rows.append(row | {"score": _score(row["score"], file.lowest, score_where)})
     if len(rows) != file.rows:
         raise DataError(f"{path}: found {len(rows)} scored rows, expected {file.rows}.")
     return rows

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -36,22 +36,16 @@ class DownloadError(OSError):
 def fetch_archive(repo: str, filename: str, target: Path, holds: str) -> None:
     """Download a tar file of a dataset repository and unpack it, so that `target` holds the folder `holds`.
 
-    The tar file is kept beside `target` until it is unpacked. Another process that wants the same waits for this one.
-    Raises `DownloadError`, whatever went wrong.
+    The tar file is kept beside `target` until it is unpacked. Raises `DownloadError`, whatever went wrong.
     """
     stated = ask_hub(repo, filename)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(target.parent / f".{target.name}.lock"):
-            if target.is_dir():
-                return
+    if len(stated.etag or "") != 64:
+        raise DownloadError(f"the hub states no SHA-256 for {filename}")
+    with _alone(target, f"{repo}/{filename}"):
+        if not target.is_dir():
             archive = _download(repo, filename, target.parent, stated)
-            unpack(archive, target, holds)
+            _unpack(archive, target, holds)
             archive.unlink()
-    except DownloadError:
-        raise
-    except Exception as error:  # network, disk, archive: all of it is a reason to state, none of it to stop a notebook
-        raise DownloadError(_reason(error, f"{repo}/{filename}")) from error
 
 
 def fetch_files(repo: str, names: Sequence[str], target: Path) -> None:
@@ -60,41 +54,35 @@ def fetch_files(repo: str, names: Sequence[str], target: Path) -> None:
     """
     stated = {name: ask_hub(repo, name) for name in names}
     partial = target.parent / f".{target.name}-partial"
+    with _alone(target, repo):
+        if not target.is_dir():
+            for name in names:
+                _download(repo, name, partial, stated[name])
+            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
+            partial.rename(target)
+
+
+@contextmanager
+def _alone(target: Path, wanted: str) -> Iterator[None]:
+    """Other processes that want `target` wait meanwhile. Any error becomes a `DownloadError`."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(target.parent / f".{target.name}.lock"):
-            if target.is_dir():
-                return
-            for name, about in stated.items():
-                file = hf_hub_download(
-                    repo, name, repo_type="dataset", revision=about.commit_hash, local_dir=partial, token=False,
-                    endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT,
-                )
-                _check(Path(file), about.etag)
-            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
-            partial.rename(target)
+            yield
     except DownloadError:
         raise
-    except Exception as error:  # network or disk: a reason to state, none to stop a notebook
-        raise DownloadError(_reason(error, repo)) from error
-
-
-def _check(path: Path, stated: str | None) -> None:
-    """Compare with the hash that the hub states: SHA-256 of a large file, git's SHA-1 of a small one."""
-    content = path.read_bytes()
-    if stated not in (hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()):
-        path.unlink()
-        raise DownloadError(f"{path.name} was damaged on the way and deleted: its hash is not {stated}, as the hub states")
+    except Exception as error:  # network, disk, archive: a reason to state, none to stop a notebook
+        raise DownloadError(_reason(error, wanted)) from error
 
 
 def ask_hub(repo: str, filename: str) -> HfFileMetadata:
-    """What the hub states about a file (`etag`: the SHA-256 of a large one).
+    """What the hub states about a file (`etag`: the SHA-256 of a large one, git's SHA-1 of a small one).
 
     Raises `DownloadError`, within `HUB_TIMEOUT` seconds if nobody answers.
     """
-    switch = next((name for name in OFFLINE_SWITCHES if _is_true(os.environ.get(name, ""))), None)
-    if switch:
-        raise DownloadError(f"not asked, because {switch} is set")
+    for switch in OFFLINE_SWITCHES:
+        if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):  # what huggingface_hub takes for true
+            raise DownloadError(f"not asked, because {switch} is set")
     endpoint = _endpoint()
     if endpoint in _unreachable:
         raise DownloadError(_unreachable[endpoint])
@@ -115,7 +103,25 @@ def forget_hub() -> None:
     _unreachable.clear()
 
 
-def unpack(archive: Path, target: Path, holds: str) -> None:
+def _download(repo: str, name: str, folder: Path, stated: HfFileMetadata) -> Path:
+    """The file in `folder`. It is deleted if its hash, SHA-256 or git's SHA-1, is not the stated one."""
+    path = Path(
+        hf_hub_download(
+            repo, name, repo_type="dataset", revision=stated.commit_hash, local_dir=folder, token=False,
+            endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT,
+        )
+    )
+    # Git hashes a header before the content.
+    digest = hashlib.sha256() if len(stated.etag or "") == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: digest).hexdigest()
+    if found != stated.etag:
+        path.unlink()
+        raise DownloadError(f"{name} was damaged on the way and deleted: its hash is not {stated.etag}, as the hub states")
+    return path
+
+
+def _unpack(archive: Path, target: Path, holds: str) -> None:
     """Unpack a tar file; what contains its folder `holds` becomes `target`, which appears only when it is complete.
 
     Raises `DownloadError` before anything is written if a member is absolute, climbs out (`..`), or is not a plain file
@@ -141,24 +147,6 @@ def unpack(archive: Path, target: Path, holds: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _download(repo: str, filename: str, folder: Path, stated: HfFileMetadata) -> Path:
-    """The file in `folder`, if it is what the hub stated. A file with another hash is deleted."""
-    if not re.fullmatch("[0-9a-f]{64}", stated.etag or ""):
-        raise DownloadError(f"the hub states no SHA-256 for {filename}")
-    path = Path(
-        hf_hub_download(
-            repo, filename, repo_type="dataset", revision=stated.commit_hash, local_dir=folder,
-            endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT, token=False,
-        )
-    )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != stated.etag:
-        path.unlink()
-        raise DownloadError(f"{filename} was damaged on the way and deleted: SHA-256 {found}, the hub states {stated.etag}")
-    return path
-
-
 def _within(seconds: float, call: Callable):
     """`call()`, or `TimeoutError` after so many seconds.
 
@@ -182,15 +170,10 @@ def _reason(error: Exception, wanted: str) -> str:
         return f"{_endpoint()} answered HTTP {status} for {wanted}"
     if isinstance(error, TimeoutError):
         return f"{_endpoint()} did not answer within {HUB_TIMEOUT:g} seconds"
-    lines = str(error).splitlines() or [""]
-    return f"{wanted} could not be fetched from {_endpoint()}: {type(error).__name__}: {lines[0]}"
+    line = str(error).partition("\n")[0]
+    return f"{wanted} could not be fetched from {_endpoint()}: {type(error).__name__}: {line}"
 
 
 def _endpoint() -> str:
     """Read at every call: huggingface_hub itself reads HF_ENDPOINT only when it is imported."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-
-def _is_true(value: str) -> bool:
-    """Truth as huggingface_hub reads it from the environment."""
-    return value.upper() in ("1", "ON", "YES", "TRUE")

@@ -7,11 +7,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.store import ROOT
 
@@ -41,16 +43,19 @@ def load_embedded(dtype: torch.dtype) -> tuple:
 
 
 def _read_gguf(file: Path) -> tuple:
-    # Without dequantize=True the linear layers stay quantised modules.
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config(dequantize=True)} if config else {}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _save(model, tokenizer, target: Path) -> None:
     """A folder that is there whole or not at all; of two processes that write it at once, either's copy will do."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}-*"):
+        if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left
+            shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         if hasattr(model.config, "quantization_config"):

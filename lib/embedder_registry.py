@@ -1,12 +1,10 @@
-"""Embedders as data: models trained to embed text, with all that is needed to load them and to decode what they give.
+"""Embedders as data: the eight of arXiv 2406.17378, those that its repository adds, and one made here.
 
-The eight of "A Text is Worth Several Tokens" (arXiv 2406.17378), those that its repository adds, and one made here. Formats are
-those of its code and of the embedders' own repositories. `lib.embedders` loads them.
+Formats are those of its code and of the embedders' own repositories. `lib.embedders` loads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +18,7 @@ from lib.download import ask_hub
 from lib.embedded import PACKAGE
 from lib.models import EMBEDDED_MODEL
 from lib.prompts import PROMPTS, Prompt
-from lib.sources import ARCHIVES
+from lib.sources import SENTEVAL
 
 # In a template: the place of the tokenizer's own mask token.
 MASK = "[MASK]"
@@ -60,8 +58,8 @@ class Embedder:
     name: str
     hub: str
     backbone: str
-    query: Prompt
-    document: Prompt | None = None
+    query: Format
+    document: Format | None = None
     adapters: tuple[str, ...] = ()
     paper: str = ""
     normalised: bool = False
@@ -71,7 +69,7 @@ class Embedder:
     aligned: bool | None = None
     obstacle: str = ""
 
-    def format(self, role: str) -> Prompt:
+    def format(self, role: str) -> Format:
         """The format of a text in this role. Raises `ValueError` for an unknown role."""
         if role not in ROLES:
             raise ValueError(f"Unknown role {role!r}; choose from {', '.join(ROLES)}.")
@@ -80,7 +78,7 @@ class Embedder:
 
 _SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 _PAPERS = "Given a scientific paper title, retrieve the paper's abstract"
-_EOL = PROMPTS["prompteol"]
+_EOL = Format("prompteol", PROMPTS["prompteol"].templates)
 _plain = partial(Format, clean=False)
 _bare, _last = _plain("bare", ("{sentence}",), "mean"), _plain("last", ("{sentence}",))
 _SGPT = _plain("weighted", ("{sentence}",), "weighted_mean")
@@ -92,7 +90,8 @@ _LLAMA2, _MISTRAL = "meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-Instruct-v
 _L2V = "McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp"
 _llm2vec = partial(
     Embedder, hub=_MISTRAL, backbone=_MISTRAL, causal=False, paper="LLM2Vec",
-    query=_l2v(templates=(f"[INST] {_SEARCH}: {{sentence}} [/INST]",)), document=_l2v(templates=("[INST] {sentence} [/INST]",)),
+    query=_l2v(templates=(f"[INST] {_SEARCH}: {{sentence}} [/INST]",)),
+    document=_l2v(templates=("[INST] {sentence} [/INST]",)),
 )
 _bert = partial(Embedder, backbone="bert-base-uncased", query=_bare, causal=False, decoder="AutoModelForMaskedLM")
 
@@ -159,7 +158,7 @@ def get_embedder(name: str | Embedder) -> Embedder:
 
 
 def status(embedder: Embedder) -> str:
-    """Whether it can be loaded: "ready", "on the hub: ...", "not reachable: ..." or "not supported: ..." (with the reason)."""
+    """Whether it can be loaded: "ready", "on the hub: ...", "not reachable: ..." or "not supported: ..."."""
     if embedder.obstacle:
         return f"not supported: {embedder.obstacle}"
     absent = [repo for repo in dict.fromkeys((embedder.hub, embedder.backbone, *embedder.adapters)) if not _is_here(repo)]
@@ -168,7 +167,7 @@ def status(embedder: Embedder) -> str:
     if EMBEDDED_MODEL in absent:
         return f"not reachable: the package {PACKAGE} is not installed"
     try:
-        ask_hub(*ARCHIVES["senteval"][:2])  # asked once for all, with a limit on the time it may take
+        ask_hub(*SENTEVAL[:2])  # asked once for all, with a limit on the time it may take
         for repo in absent:
             auth_check(repo)
     except Exception as error:  # gated, gone, no network: all of it is a status, none of it stops a notebook
@@ -182,21 +181,14 @@ def _is_here(repo: str) -> bool:
     return Path(repo).is_dir() or any(isinstance(try_to_load_from_cache(repo, file), str) for file in WEIGHTS)
 
 
-def embedder_table(names: Sequence[str | Embedder] = tuple(EMBEDDERS)) -> pd.DataFrame:
+def embedder_table() -> pd.DataFrame:
     """One row an embedder: what it is, how it reads a text, whether it aligns by its paper's repository, its status here."""
-    rows = []
-    for embedder in map(get_embedder, names):
-        form = embedder.query
-        rows.append({
-            "embedder": embedder.name,
-            "paper": embedder.paper,
-            "weights": " + ".join((embedder.hub, *embedder.adapters)),
-            "decoded by": embedder.backbone,
-            "attention": "causal" if embedder.causal else "both sides",
-            "pooling": form.pooling,
-            "format": " ".join((*getattr(form, "before", ()), form.templates[0], *getattr(form, "after", ()))),
-            "length 1": embedder.normalised,
-            "aligned": {None: "not stated", True: "yes", False: "no"}[embedder.aligned],
-            "status": status(embedder),
-        })
-    return pd.DataFrame(rows)
+    return pd.DataFrame([{
+        "embedder": embedder.name,
+        "paper": embedder.paper,
+        "decoded by": embedder.backbone,
+        "attention": "causal" if embedder.causal else "both sides",
+        "pooling": embedder.query.pooling,
+        "aligned": {None: "not stated", True: "yes", False: "no"}[embedder.aligned],
+        "status": status(embedder),
+    } for embedder in EMBEDDERS.values()])

@@ -10,27 +10,27 @@ import transformers
 
 from lib.adapters import merge_adapter, merged_backbone
 from lib.contrastive import NAME, smollm2_eol_cse
+from lib.devices import DTYPES, choose_dtype
 from lib.embedder_registry import EMBEDDERS, MASK, Embedder, Format, embedder_table, get_embedder, status
 from lib.encoder import SentenceEncoder, pool
-from lib.models import DTYPES, Backbone, ModelNotFoundError, UnsupportedModelError, choose_dtype, find_blocks, load_backbone
-from lib.prompts import PLACEHOLDER, Prompt
+from lib.models import Backbone, ModelNotFoundError, UnsupportedModelError, find_blocks, load_backbone
+from lib.prompts import PLACEHOLDER
 from lib.store import EmbeddingStore
 from lib.token_prepending import TokenPrepending
 from lib.tokens import PromptTokenizer, TokenRows
 
-__all__ = ["EMBEDDERS", "Embedder", "EmbedderEncoder", "Format", "embedder_of", "embedder_table", "get_embedder", "load_embedder", "status"]
+__all__ = ["EmbedderEncoder", "embedder_of", "embedder_table", "load_embedder"]
 
 
 class _FramedTokenizer(PromptTokenizer):
     """Adds a `Format`'s tokens around every prompt, and puts the mask token in its place."""
 
-    def __init__(self, tokenizer, max_length: int, form: Prompt):
-        before, after = getattr(form, "before", ()), getattr(form, "after", ())
-        super().__init__(tokenizer, max_length - len(before) - len(after))
-        self.before, self.after = tokenizer.convert_tokens_to_ids(list(before)), tokenizer.convert_tokens_to_ids(list(after))
+    def __init__(self, tokenizer, max_length: int, form: Format):
+        super().__init__(tokenizer, max_length - len(form.before) - len(form.after))
+        self.before, self.after = (tokenizer.convert_tokens_to_ids(list(side)) for side in (form.before, form.after))
         if set(self.before + self.after) & {None, tokenizer.unk_token_id}:
-            raise UnsupportedModelError(f"This tokenizer has no single tokens for {before} and {after}.")
-        if self.after and tokenizer("")["input_ids"][-len(after):] == self.after:
+            raise UnsupportedModelError(f"This tokenizer has no single tokens for {form.before} and {form.after}.")
+        if self.after and tokenizer("")["input_ids"][-len(self.after):] == self.after:
             self.after = []  # this tokenizer closes every text with them by itself
 
     def __call__(self, template: str, sentences: list[str], mean_span: bool = False) -> TokenRows:
@@ -69,8 +69,9 @@ class EmbedderEncoder(SentenceEncoder):
         return super().encode(sentences, *arguments, normalize_embeddings=unit, **options)
 
     def describe(self) -> dict:
-        frame = {side: list(getattr(self.prompt, side, ())) for side in ("before", "after") if getattr(self.prompt, side, ())}
-        return super().describe() | frame | ({} if self.embedder.causal else {"causal": False})
+        frame = {"before": list(self.prompt.before), "after": list(self.prompt.after)}
+        attention = {} if self.embedder.causal else {"causal": False}
+        return super().describe() | {side: tokens for side, tokens in frame.items() if tokens} | attention
 
     @torch.inference_mode()
     def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
@@ -88,19 +89,20 @@ class EmbedderEncoder(SentenceEncoder):
 
 
 def load_embedder(
-    name: str | Embedder, dtype: str = "auto", device: str = "auto", role: str = "query", backbone: Backbone | None = None,
+    name: str | Embedder, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
     store: EmbeddingStore | None = None,
 ) -> tuple[EmbedderEncoder, Backbone]:
     """The encoder of an embedder, and the `Backbone` whose unembedding decodes its embeddings.
 
+    It reads queries, and texts that are neither query nor document; see `EmbedderEncoder.changed`.
+
     Args:
         dtype, device: as of `load_backbone`.
-        role: `"query"` (also for texts that are neither, as the official code does) or `"document"`; see `changed`.
         backbone: the decoding backbone where it is loaded already; its dtype and device are then taken.
 
     Raises:
-        ModelNotFoundError: something of it is neither on this machine nor to be had from the hub.
-        UnsupportedModelError: it cannot be loaded by Transformers and peft, or its checkpoint is not what was expected.
+        ModelNotFoundError: something of it is neither here nor to be had from the hub.
+        UnsupportedModelError: Transformers and peft cannot load it, or its checkpoint is not what was expected.
     """
     embedder = get_embedder(name)
     state = status(embedder)
@@ -118,17 +120,14 @@ def load_embedder(
             model = merged_backbone(model, adapter, embedder.name)
     else:
         model = _load_bidirectional(embedder, decoder)
-    return EmbedderEncoder(embedder, replace(model, unembedding=decoder.unembedding), role, store), decoder
+    return EmbedderEncoder(embedder, replace(model, unembedding=decoder.unembedding), store=store), decoder
 
 
 def embedder_of(backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None) -> SentenceEncoder:
-    """The encoder of an embedder that `backbone` decodes.
+    """The encoder of an embedder that `backbone` decodes, by its name in the registry. Errors as in `load_embedder`.
 
-    Args:
-        name: in the registry; "auto" takes the first that was trained from this backbone and can be had. Where there is
-            none it takes the backbone under PromptEOL, which the paper counts among its embedders too.
-
-    Raises: as `load_embedder`.
+    "auto" takes the first that was trained from this backbone and can be had; else the backbone under PromptEOL, which
+    the paper counts among its embedders too.
     """
     if name == "auto":
         trained = [e for e in EMBEDDERS.values() if e.backbone == backbone.name and (e.adapters or e.hub != e.backbone)]

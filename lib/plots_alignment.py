@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from lib.plots import COLOURS, PROMPT_LABELS
 
-COLOUR_CYCLE = ("blue", "vermilion", "green", "orange", "purple", "sky", "black")
+COLOUR_CYCLE = [COLOURS[name] for name in ("blue", "vermilion", "green", "orange", "purple", "sky", "black")]
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -32,8 +32,7 @@ def token_labels(tokens: Sequence[str]) -> list[str]:
 def token_bars(tables: dict[str, pd.DataFrame], title: str, columns: int = 4):
     """The tokens that one text aligns to, best first, with their logits: one panel per method.
 
-    Args:
-        tables: method label -> rows of one text from `lib.alignment.aligned_tokens`, with in_text.
+    `tables`: method label -> rows of one text from `lib.alignment.aligned_tokens`, with in_text.
     """
     rows, columns = -(-len(tables) // columns), min(columns, len(tables))
     depth = max(map(len, tables.values()))
@@ -44,28 +43,22 @@ def token_bars(tables: dict[str, pd.DataFrame], title: str, columns: int = 4):
     for axis, (label, table) in zip(axes.flat, tables.items()):
         y, inside = np.arange(len(table)), table["in_text"].to_numpy(bool)
         axis.barh(y, table["logit"], color=np.where(inside, COLOURS["blue"], "0.78"), height=0.72)
-        axis.scatter(table["logit"][inside], y[inside], marker="D", s=22, color=COLOURS["orange"], ec="black", lw=0.6, zorder=3)
-        axis.set_yticks(y, token_labels(table["token"]), fontsize=8.5)
-        axis.set_ylim(len(table) - 0.4, -0.6)
-        axis.grid(axis="y", visible=False)
+        diamonds = {"marker": "D", "s": 22, "color": COLOURS["orange"], "ec": "black", "lw": 0.6}
+        axis.scatter(table["logit"][inside], y[inside], zorder=3, **diamonds)
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_title(label, fontsize=10)
+        _name_rows(axis, label, table["token"], fontsize=8.5)
     for axis in axes.flat[max(0, len(tables) - columns):len(tables)]:
         axis.set_xlabel("logit", fontsize=9)
-    handles = [
-        plt.Line2D([], [], color=COLOURS["blue"], lw=6, marker="D", markerfacecolor=COLOURS["orange"], markeredgecolor="black",
-                   markersize=5, label="in the text"),
-        plt.Line2D([], [], color="0.78", lw=6, label="not in the text"),
-    ]
-    _head(figure, handles, title)
+    diamond = {"marker": "D", "markerfacecolor": COLOURS["orange"], "markeredgecolor": "black", "markersize": 5}
+    found = plt.Line2D([], [], color=COLOURS["blue"], lw=6, label="in the text", **diamond)
+    _head(figure, title, [found, plt.Line2D([], [], color="0.78", lw=6, label="not in the text")])
     return figure
 
 
 def scores_by_method(scores: pd.DataFrame, title: str):
     """Each metric of each method, plain and with TP, with 95 % intervals: one panel per metric.
 
-    Args:
-        scores: columns method, variant, metric, value, low, high, of `lib.alignment.alignment_scores`.
+    `scores`: columns method, variant, metric, value, low, high.
     """
     metrics, methods, variants = (list(scores[column].unique()) for column in ("metric", "method", "variant"))
     size = (2.5 * len(metrics) + 1.6, 0.42 * len(methods) + 1.7)
@@ -74,46 +67,42 @@ def scores_by_method(scores: pd.DataFrame, title: str):
         for k, variant in enumerate(variants):
             of = scores[(scores["metric"] == metric) & (scores["variant"] == variant)]
             y = np.array([methods.index(m) for m in of["method"]]) + 0.22 * (k - (len(variants) - 1) / 2)
-            colour = COLOURS[COLOUR_CYCLE[k]]
-            axis.hlines(y, of["low"], of["high"], color=colour, lw=2)
-            axis.scatter(of["value"], y, color=colour, marker="oDs^v"[k], s=26, zorder=3, label=variant)
+            axis.hlines(y, of["low"], of["high"], color=COLOUR_CYCLE[k], lw=2)
+            axis.scatter(of["value"], y, color=COLOUR_CYCLE[k], marker="oDs^v"[k], s=26, zorder=3, label=variant)
         axis.set_xlabel(metric)
         axis.set_ylim(len(methods) - 0.5, -0.5)
     axes[0, 0].set_yticks(range(len(methods)), [PROMPT_LABELS.get(m, m) for m in methods])
-    _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
+    _head(figure, title)
     return figure
 
 
 def layer_curves(curves: pd.DataFrame, title: str):
     """Alignment against the layer, plain and with TP, with interval bands: a row of panels per metric, a column per prompt.
 
-    Args:
-        curves: columns prompt, variant, layer, metric, value, low, high.
+    `curves`: columns prompt, variant, layer, metric, value, low, high.
     """
-    prompts, metrics, variants = (list(curves[column].unique()) for column in ("prompt", "metric", "variant"))
+    prompts, metrics = (list(curves[column].unique()) for column in ("prompt", "metric"))
     size = (3.2 * len(prompts) + 0.6, 2.3 * len(metrics) + 1.1)
     figure, axes = plt.subplots(len(metrics), len(prompts), figsize=size, sharex=True, sharey="row", squeeze=False)
     for axis_row, metric in zip(axes, metrics):
         for axis, prompt in zip(axis_row, prompts):
-            of = curves[(curves["metric"] == metric) & (curves["prompt"] == prompt)]
-            _bands(axis, [(v, of[of["variant"] == v]) for v in variants], "layer")
+            _bands(axis, curves[(curves["metric"] == metric) & (curves["prompt"] == prompt)], "variant", "layer")
             axis.set_title(PROMPT_LABELS.get(prompt, prompt) if metric == metrics[0] else "", fontsize=10)
         axis_row[0].set_ylabel(metric)
     for axis in axes[-1]:
         axis.set_xlabel("layer (state number; the last is\nafter the final norm)", fontsize=9)
-    _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
+    _head(figure, title)
     return figure
 
 
-def variation_stems(variations: dict[str, pd.DataFrame], title: str, count: int = 40):
-    """v_i, the embedder's change along the backbone's components, and the share of the change in the first: one panel each.
+def variation_stems(variations: dict[str, pd.DataFrame], title: str):
+    """v_i, the embedder's change along the backbone's first 40 components: one panel per method.
 
-    Args:
-        variations: label -> table from `lib.spectrum.component_variation`. count: components shown, from the first.
+    `variations`: label -> table from `lib.spectrum.component_variation`.
     """
     figure, axes = plt.subplots(1, len(variations), figsize=(3.4 * len(variations) + 0.6, 3.4), sharey=True, squeeze=False)
     for axis, (label, whole) in zip(axes[0], variations.items()):
-        table, first = whole.head(count), whole.iloc[0]
+        table, first = whole.head(40), whole.iloc[0]
         x, v = table["component"], table["variation"]
         colours = [COLOURS["vermilion"], *[COLOURS["blue"]] * (len(table) - 1)]
         axis.vlines(x, 0, v, color=colours, lw=1.8)
@@ -123,19 +112,18 @@ def variation_stems(variations: dict[str, pd.DataFrame], title: str, count: int 
         axis.set_title(label, fontsize=10)
         shares = f"{first['share']:.0%} of the mean change,\n{first['share_each']:.0%} of the texts' changes"
         y, side = (0.04, "bottom") if first["variation"] < 0 else (0.96, "top")
-        axis.annotate(f"$v_1$ = {first['variation']:.2f}\n{shares}", (0.97, y), xycoords="axes fraction", ha="right", va=side,
-                      fontsize=8.5, color=COLOURS["vermilion"])
+        axis.text(0.97, y, f"$v_1$ = {first['variation']:.2f}\n{shares}", transform=axis.transAxes, ha="right", va=side,
+                  fontsize=8.5, color=COLOURS["vermilion"])
         axis.set_xlabel("component $i$ of the backbone")
     axes[0, 0].set_ylabel("variation $v_i$ (bars: standard\ndeviation over texts)")
-    _head(figure, [], title)
+    _head(figure, title)
     return figure
 
 
 def contribution_bars(tables: dict[str, pd.DataFrame], title: str):
     """What the first component and the rest give to the logits of one text's highest tokens: one panel per method.
 
-    Args:
-        tables: method label -> table from `lib.spectrum.contributions`.
+    `tables`: method label -> table from `lib.spectrum.contributions`.
     """
     depth = max(map(len, tables.values()))
     figure, axes = plt.subplots(1, len(tables), figsize=(3.3 * len(tables) + 0.5, 0.3 * depth + 1.6), squeeze=False)
@@ -145,46 +133,50 @@ def contribution_bars(tables: dict[str, pd.DataFrame], title: str):
         axis.barh(y + 0.19, table["rest"], height=0.36, color=COLOURS["blue"], label="rest")
         axis.scatter(table["logit"], y, color="black", marker="D", s=20, zorder=3, label="total")
         axis.axvline(0, color="0.2", lw=0.8)
-        axis.set_yticks(y, token_labels(table["token"]), fontsize=9)
-        axis.set_ylim(len(table) - 0.4, -0.6)
-        axis.grid(axis="y", visible=False)
         axis.set_xlabel("logit")
-        axis.set_title(label, fontsize=10)
-    _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
+        _name_rows(axis, label, table["token"], fontsize=9)
+    _head(figure, title)
     return figure
 
 
 def shift_curves(sweep: pd.DataFrame, title: str):
     """Alignment as embeddings are shifted along the first component, with interval bands: one panel per metric.
 
-    Args:
-        sweep: columns method, amount (in multiples of the method's v_1), metric, value, low, high.
+    `sweep`: columns method, amount (in multiples of the method's v_1), metric, value, low, high.
     """
-    metrics, methods = (list(sweep[column].unique()) for column in ("metric", "method"))
+    metrics = sweep["metric"].unique()
     figure, axes = plt.subplots(1, len(metrics), figsize=(2.9 * len(metrics) + 2.4, 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics):
-        of = sweep[sweep["metric"] == metric]
-        _bands(axis, [(m, of[of["method"] == m]) for m in methods], "amount")
+        _bands(axis, sweep[sweep["metric"] == metric], "method", "amount")
         for label, amount in {"as it is": 0, "$v_1$": 1}.items():
             axis.axvline(amount, color="0.35", lw=1, ls=":")
             axis.annotate(label, (amount, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8.5, color="0.35")
         axis.set_xlabel(r"shift $\lambda$ along $u_1$, in multiples of $v_1$", fontsize=9)
         axis.set_ylabel(metric)
-    _head(figure, axes[0, 0].get_legend_handles_labels()[0], title)
+    _head(figure, title)
     return figure
 
 
-def _bands(axis, lines: list[tuple[str, pd.DataFrame]], x: str) -> None:
-    """One curve and its interval band for each label."""
-    for k, (label, table) in enumerate(lines):
-        colour = COLOURS[COLOUR_CYCLE[k]]
-        style = {"color": colour, "ls": STYLES[k % len(STYLES)], "lw": 1.8}
-        axis.plot(table[x], table["value"], label=PROMPT_LABELS.get(label, label), **style)
-        axis.fill_between(table[x], table["low"], table["high"], color=colour, alpha=0.18, lw=0)
+def _bands(axis, table: pd.DataFrame, by: str, x: str) -> None:
+    """One curve and its interval band for each value of the column `by`."""
+    for k, (label, curve) in enumerate(table.groupby(by, sort=False)):
+        style = {"color": COLOUR_CYCLE[k], "ls": STYLES[k % len(STYLES)], "lw": 1.8}
+        axis.plot(curve[x], curve["value"], label=PROMPT_LABELS.get(label, label), **style)
+        axis.fill_between(curve[x], curve["low"], curve["high"], color=COLOUR_CYCLE[k], alpha=0.18, lw=0)
 
 
-def _head(figure, handles: list, title: str) -> None:
-    """The title above the panels on the left, the legend beside it or, if it is long, on the right of the panels."""
+def _name_rows(axis, title: str, tokens: Sequence[str], fontsize: float) -> None:
+    """A panel's title, and a token at each of its rows, from top to bottom."""
+    axis.set_yticks(range(len(tokens)), token_labels(tokens), fontsize=fontsize)
+    axis.set_ylim(len(tokens) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.set_title(title, fontsize=10)
+
+
+def _head(figure, title: str, handles: Sequence | None = None) -> None:
+    """The title above the panels; the legend (None: of the first panel) beside it or, if it is long, right of the panels."""
+    if handles is None:
+        handles, _ = figure.axes[0].get_legend_handles_labels()
     beside = 0 < len(handles) <= 3
     if handles:
         place, columns = ("outside upper right", len(handles)) if beside else ("outside right upper", 1)

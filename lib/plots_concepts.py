@@ -18,21 +18,22 @@ def similarity_by_kind(pairs: pd.DataFrame, title: str):
         pairs: columns method, kind, cosine, overlap.
     """
     methods, kinds = list(pairs["method"].unique()), list(pairs["kind"].unique())
-    size = (2.6 * len(methods) + 1.6, 5.2)
+    size, generator = (2.6 * len(methods) + 1.6, 5.2), np.random.default_rng(0)
+    colours = {"paraphrase": COLOURS["vermilion"], "topic shift": "0.35"}
     figure, axes = plt.subplots(2, len(methods), figsize=size, sharey=True, squeeze=False)
-    generator = np.random.default_rng(0)
-    for axis_row, (measure, name) in zip(axes, (("cosine", "cosine similarity"), ("overlap", "overlap of aligned tokens"))):
+    for axis_row, measure in zip(axes, ("cosine", "overlap")):
         for axis, method in zip(axis_row, methods):
             for y, kind in enumerate(kinds):
-                values = pairs.loc[(pairs["method"] == method) & (pairs["kind"] == kind), measure]
-                colour = COLOURS["vermilion"] if kind == "paraphrase" else "0.35" if kind == "topic shift" else COLOURS["blue"]
-                axis.scatter(values, y + generator.uniform(-0.22, 0.22, len(values)), s=14, color=colour, alpha=0.6, lw=0)
+                values = pairs.query("method == @method and kind == @kind")[measure]
+                axis.scatter(values, y + generator.uniform(-0.22, 0.22, len(values)), s=14, alpha=0.6, lw=0,
+                             color=colours.get(kind, COLOURS["blue"]))
                 axis.plot([values.mean()] * 2, [y - 0.36, y + 0.36], color="black", lw=2.2)
-            axis.set_title(method if measure == "cosine" else "", fontsize=10)
-            axis.set_xlabel(name)
+            axis.set_xlabel({"cosine": "cosine similarity", "overlap": "overlap of aligned tokens"}[measure])
             axis.grid(axis="y", visible=False)
-        axis_row[0].set_yticks(range(len(kinds)), kinds)
-        axis_row[0].set_ylim(len(kinds) - 0.5, -0.5)
+    for axis, method in zip(axes[0], methods):
+        axis.set_title(method, fontsize=10)
+    axes[0, 0].set_yticks(range(len(kinds)), kinds)
+    axes[0, 0].set_ylim(len(kinds) - 0.5, -0.5)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -44,12 +45,13 @@ def accuracy_by_instruction(accuracy: pd.DataFrame, title: str):
         accuracy: columns measure, task, instruction (of `INSTRUCTION_STYLES`), TP (bool), accuracy, low, high.
     """
     measures, tasks = list(accuracy["measure"].unique()), list(accuracy["task"].unique())
-    figure, axes = plt.subplots(1, len(measures), figsize=(3.1 * len(measures) + 2.4, 0.85 * len(tasks) + 1.6), sharey=True, squeeze=False)
+    size = (3.1 * len(measures) + 2.4, 0.85 * len(tasks) + 1.6)
+    figure, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
     for axis, measure in zip(axes[0], measures):
         for i, (instruction, (colour, marker)) in enumerate(INSTRUCTION_STYLES.items()):
             for tp in (False, True):
-                of = accuracy[(accuracy["measure"] == measure) & (accuracy["instruction"] == instruction) & (accuracy["TP"] == tp)]
-                y = np.array([tasks.index(task) for task in of["task"]]) + 0.26 * (i - 1) + 0.1 * (tp - 0.5)
+                of = accuracy.query("measure == @measure and instruction == @instruction and TP == @tp")
+                y = of["task"].map(tasks.index) + 0.26 * (i - 1) + 0.1 * (tp - 0.5)
                 axis.hlines(y, of["low"], of["high"], color=COLOURS[colour], lw=1.4)
                 axis.scatter(of["accuracy"], y, marker=marker, s=26, zorder=3, edgecolor=COLOURS[colour],
                              facecolor="white" if tp else COLOURS[colour], label=f"{instruction}{' + TP' if tp else ''}")

@@ -6,16 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from lib.cost import pareto_front
-from lib.cost_table import LAST, SAME, TP, TP_EXIT, VANILLA
-from lib.plots import COLOURS, PROMPT_LABELS
+from lib.plots import ABOVE, COLOURS, PROMPT_LABELS, VARIANT_STYLES, finished, variant_points
 
-LABELS = PROMPT_LABELS | {"mean": "mean, no prompt"}
-STYLES = {
-    VANILLA: (COLOURS["blue"], "o"), TP: (COLOURS["vermilion"], "D"),
-    LAST: (COLOURS["sky"], "s"), SAME: (COLOURS["blue"], "o"), TP_EXIT: (COLOURS["vermilion"], "D"),
-}
 RATIO_TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -32,31 +27,20 @@ def time_ratios(table: pd.DataFrame, title: str, paper: pd.DataFrame | None = No
     """Time of each method as a ratio to plain PromptEOL, a row per method, with quartiles over the rounds.
 
     Args:
-        table: from `lib.cost_table.cost_table`. paper: columns method, tp, value, drawn as crosses.
+        table: from `lib.cost_table.cost_table`, of `paper_methods`. paper: columns method, tp, value, drawn as crosses.
     """
-    names, variants = list(table["method"].unique()), list(table["variant"].unique())
+    names = list(table["method"].unique())
     figure, axis = plt.subplots(figsize=(8, 0.55 * len(names) + 1.6))
-    offsets = dict(zip(variants, np.linspace(-0.22, 0.22, len(variants)) if len(variants) > 1 else [0.0]))
-    for variant, rows in table.groupby("variant", sort=False):
-        colour, marker = STYLES[variant]
-        y = [names.index(name) + offsets[variant] for name in rows["method"]]
-        spread = [rows["time ratio"] - rows["low"], rows["high"] - rows["time ratio"]]
-        axis.errorbar(rows["time ratio"], y, xerr=spread, fmt=marker, color=colour, ms=6, capsize=3, lw=1.5, label=variant)
+    variant_points(axis, table, "method", "time ratio", apart=0.44)
     if paper is not None:
         shown = paper[paper["method"].isin(names)]
-        y = [names.index(name) + offsets[TP if tp else VANILLA] for name, tp in zip(shown["method"], shown["tp"])]
-        axis.scatter(shown["value"], y, marker="x", s=42, color="0.25", lw=1.4, zorder=4, label="the paper, Llama-2-7B")
+        y = shown["method"].map(names.index) + np.where(shown["tp"], 0.22, -0.22)
+        axis.errorbar(shown["value"], y, fmt="x", ms=6.5, mew=1.4, color="0.25", zorder=4, label="the paper, Llama-2-7B")
     axis.axvline(1, color="0.2", lw=0.8)
-    axis.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-    axis.set_ylim(len(names) - 0.5, -0.5)
     _ratio_axis(axis)
     axis.set_xlabel("time, PromptEOL without TP = 1 (logarithmic; bars: quartiles of the rounds)")
-    handles, labels = axis.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] not in variants)  # the paper's last
-    axis.legend([handles[i] for i in order], [labels[i] for i in order], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4,
-                frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    axis.legend(ncol=4, **ABOVE)
+    return finished(figure, title)
 
 
 def quality_against_cost(points: pd.DataFrame, title: str):
@@ -72,18 +56,17 @@ def quality_against_cost(points: pd.DataFrame, title: str):
     for _, rows in points.groupby("method", sort=False):
         axis.plot(rows["time ratio"], rows["score"], color="0.8", lw=1, zorder=1)
     for variant, rows in points.groupby("variant", sort=False):
-        colour, marker = STYLES[variant]
-        spread = [rows["time ratio"] - rows["low"], rows["high"] - rows["time ratio"]]
-        axis.errorbar(rows["time ratio"], rows["score"], xerr=spread, fmt=marker, color=colour, ms=7, capsize=2, lw=1,
-                      label=variant)
+        (colour, marker), ratio = VARIANT_STYLES[variant], rows["time ratio"]
+        spread = [ratio - rows["low"], rows["high"] - ratio]
+        axis.errorbar(ratio, rows["score"], xerr=spread, fmt=marker, color=colour, ms=7, capsize=2, lw=1, label=variant)
     axis.set_xlim(points["low"].min() / 1.15, points["high"].max() * 1.8)
     _ratio_axis(axis)
     _name_methods(figure, axis, points)
-    axis.set_xlabel("time of the batched encoder, PromptEOL at the last layer = 1 (logarithmic; bars: quartiles of the rounds)")
+    axis.set_xlabel("time of the batched encoder, PromptEOL at the last layer = 1 (logarithmic; "
+                    "bars: quartiles of the rounds)")
     axis.set_ylabel("Spearman x 100")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    axis.legend(ncol=3, **ABOVE)
+    return finished(figure, title)
 
 
 def _name_methods(figure, axis, points: pd.DataFrame) -> None:
@@ -94,22 +77,19 @@ def _name_methods(figure, axis, points: pd.DataFrame) -> None:
     def in_points(table, column):
         return axis.transData.transform(table[[column, "score"]].to_numpy()) * 72 / figure.dpi
 
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in in_points(points, "time ratio")]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in in_points(points, "time ratio")]
     for (_, row), (x, y) in zip(best.iterrows(), in_points(best, "high")):
-        name = LABELS.get(row["method"], row["method"])
-        boxes = {up: (x + 8, y + up - 6, x + 10 + 5.5 * len(name), y + up + 6) for up in sorted(range(-200, 201), key=abs)}
-        offset = next((up for up, box in boxes.items() if not any(_overlap(box, other) for other in taken)), 0)
-        taken.append(boxes[offset])
+        name = PROMPT_LABELS.get(row["method"], row["method"])
+        for up in sorted(range(-200, 201), key=abs):
+            box = Bbox.from_extents(x + 8, y + up - 6, x + 10 + 5.5 * len(name), y + up + 6)
+            if not box.count_overlaps(taken):
+                break
+        taken.append(box)
         axis.annotate(
-            name, (row["high"], row["score"]), xytext=(9, offset), textcoords="offset points", va="center", fontsize=9,
+            name, (row["high"], row["score"]), xytext=(9, up), textcoords="offset points", va="center", fontsize=9,
             zorder=5, bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
             arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 2},
         )
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Whether two boxes (left, bottom, right, top) share a point."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def time_by_operation(profile: pd.DataFrame, title: str):
@@ -118,21 +98,20 @@ def time_by_operation(profile: pd.DataFrame, title: str):
     Args:
         profile: columns run, group, share (of 1), from `lib.cost.time_by_group`.
     """
-    shares = profile.pivot(index="run", columns="group", values="share").loc[profile["run"].unique(), profile["group"].unique()]
+    shares = profile.pivot(index="run", columns="group", values="share")
+    shares = shares.loc[profile["run"].unique(), profile["group"].unique()]
     figure, axis = plt.subplots(figsize=(8.4, 0.5 * len(shares) + 1.7))
     left = np.zeros(len(shares))
     colours = [COLOURS[name] for name in ("blue", "sky", "orange", "vermilion", "yellow")] + ["0.75"]
-    for group, colour in zip(shares.columns, colours):
-        width = 100 * shares[group].to_numpy()
-        axis.barh(shares.index, width, left=left, color=colour, label=group)
-        for y, (begin, size) in enumerate(zip(left, width)):
-            if size >= 6:
-                axis.text(begin + size / 2, y, f"{size:.0f}", ha="center", va="center", fontsize=8,
-                          color="white" if colour == COLOURS["blue"] else "black")
+    for (group, share), colour in zip(shares.items(), colours):
+        width = 100 * share.to_numpy()
+        bars = axis.barh(shares.index, width, left=left, color=colour, label=group)
+        numbers = [f"{size:.0f}" if size >= 6 else "" for size in width]
+        text_colour = "white" if colour == COLOURS["blue"] else "black"
+        axis.bar_label(bars, numbers, label_type="center", fontsize=8, color=text_colour)
         left += width
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.set_xlabel("share of CPU time, %")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    axis.legend(ncol=3, fontsize=9, **ABOVE | {"bbox_to_anchor": (0.4, 1.0)})
+    return finished(figure, title)

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib.plots import COLOURS, PROMPT_LABELS, effect_by_prompt
+from lib.plots import ABOVE, COLOURS, effect_by_prompt, finished, variant_points
 from lib.transfer import intervals, transfer_scores
 
 
@@ -38,28 +38,16 @@ def accuracy_by_prompt(scores: pd.DataFrame, title: str):
     Args:
         scores: from `score_table`.
     """
-    prompts, variants = list(scores["prompt"].unique()), list(scores["variant"].unique())
-    styles = dict(zip(variants, zip((COLOURS["sky"], COLOURS["blue"], COLOURS["vermilion"]), "soD")))
-    figure, axis = plt.subplots(figsize=(7.2, 0.62 * len(prompts) + 1.5))
-    for k, variant in enumerate(variants):
-        rows, (colour, marker) = scores[scores["variant"] == variant], styles[variant]
-        y = [prompts.index(prompt) + 0.2 * (k - (len(variants) - 1) / 2) for prompt in rows["prompt"]]
-        spread = [rows["Avg"] - rows["low"], rows["high"] - rows["Avg"]]
-        axis.errorbar(rows["Avg"], y, xerr=spread, fmt=marker, color=colour, ms=6, lw=1.5, capsize=3, label=variant)
-    axis.set_yticks(range(len(prompts)), [PROMPT_LABELS.get(p, p.replace("none", "no prompt")) for p in prompts])
-    axis.set_ylim(len(prompts) - 0.5, -0.5)
+    figure, axis = plt.subplots(figsize=(7.2, 0.62 * scores["prompt"].nunique() + 1.5))
+    variant_points(axis, scores, "prompt", "Avg", apart=0.2)
     axis.set_xlabel("accuracy x 100, average over the tasks, with 95 % interval")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    axis.legend(ncol=3, **ABOVE)
+    return finished(figure, title)
 
 
 def accuracy_effects(effects: pd.DataFrame, title: str):
     """`lib.plots.effect_by_prompt` for accuracies; columns prompt, task, difference, low, high."""
-    figure = effect_by_prompt(effects, title)
-    middle = next(axis for axis in figure.axes if axis.get_xlabel())
-    middle.set_xlabel("effect of TP: change of accuracy x 100, with 95 % interval")
-    return figure
+    return effect_by_prompt(effects, title, "accuracy x 100")
 
 
 def sweep_table(ends: Sequence[int], scores: np.ndarray, resampled: np.ndarray) -> pd.DataFrame:
@@ -81,21 +69,19 @@ def sweep_table(ends: Sequence[int], scores: np.ndarray, resampled: np.ndarray) 
 
 def describe_sweeps(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
     """One sentence on whether the best end is deeper for transfer; tables from `sweep_table` over the same ends."""
-    tables = {"transfer": transfer, "STS-B dev": sts}
-    best = {name: table.loc[table["score"].idxmax()] for name, table in tables.items()}
-    parts = [
-        f"{name} is best at end {row['end']:.0f} ({row['score']:.1f}, 95 % interval {row['low']:.1f} to {row['high']:.1f})"
-        for name, row in best.items()
-    ]
-    here, there = (int(row["end"]) for row in best.values())
+    tables = {"transfer": transfer.set_index("end"), "STS-B dev": sts.set_index("end")}
+    here, there = (int(table["score"].idxmax()) for table in tables.values())
+    parts = []
+    for (name, table), end in zip(tables.items(), (here, there)):
+        score, low, high = table.loc[end, ["score", "low", "high"]]
+        parts.append(f"{name} is best at end {end} ({score:.1f}, 95 % interval {low:.1f} to {high:.1f})")
+    said = f"Of these ends, {' and '.join(parts)}"
     if here == there:
-        return f"Of these ends, {' and '.join(parts)}: the same end for both."
+        return f"{said}: the same end for both."
     # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.
-    apart = [name for (name, table), end in zip(tables.items(), (there, here))
-             if (table.loc[table["end"] == end, "behind_low"] > 0).item()]
+    apart = [name for (name, table), end in zip(tables.items(), (there, here)) if table.loc[end, "behind_low"] > 0]
     told = f"paired intervals tell them apart on {' and '.join(apart)}" if apart else "no paired interval tells them apart"
-    relation = "deeper" if here > there else "less deep"
-    return f"Of these ends, {' and '.join(parts)}: {relation} for transfer, and {told}."
+    return f"{said}: {'deeper' if here > there else 'less deep'} for transfer, and {told}."
 
 
 def sweep_figure(tables: dict[str, pd.DataFrame], plain: dict[str, float], title: str):
@@ -114,6 +100,5 @@ def sweep_figure(tables: dict[str, pd.DataFrame], plain: dict[str, float], title
         axis.set_ylabel(measure)
     axes[-1, 0].set_xticks(table["end"])
     axes[-1, 0].set_xlabel("end of TP (0-based block, not included)")
-    axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    axes[0, 0].legend(ncol=3, **ABOVE)
+    return finished(figure, title)

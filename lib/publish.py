@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -18,13 +20,14 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def publish(executed: Path, target: Path) -> None:
     """Write `target` from an executed copy: no timings, machine paths, widget state, progress bars or papermill metadata.
 
-    Raises `ValueError` if the copy holds an error output.
+    The runner's record beside the copy (`lib.run.write_record`) goes into the notebook's metadata, and in words into a
+    cell after the first. Raises `ValueError` if the copy holds an error output.
     """
     notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata = nbformat.from_dict({
-        key: notebook.metadata[key] for key in ("kernelspec",) if key in notebook.metadata
-    } | {"language_info": {"name": "python"}})
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    record = json.loads(executed.with_suffix(".json").read_text())
+    kept = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}, "run": record}
+    notebook.metadata = nbformat.from_dict(kept)
+    notebook.cells = [c for c in notebook.cells if not {"injected-parameters", "run"} & set(c.metadata.get("tags", []))]
     count = 0
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: cell.metadata[k] for k in KEPT_CELL_METADATA if cell.metadata.get(k)})
@@ -33,7 +36,26 @@ def publish(executed: Path, target: Path) -> None:
             cell.execution_count = count
             kept = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
             cell.outputs = [clean_output(output, count, executed) for output in kept]
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell(describe(record), id="run", metadata={"tags": ["run"]}))
     write_atomically(target, (nbformat.writes(notebook) + "\n").encode())
+
+
+def code_hash(path: Path) -> str:
+    """SHA-256 of a notebook's own code: what its outputs come from, beside `lib`, data and parameters."""
+    cells = nbformat.read(path, as_version=4).cells
+    own = [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    return hashlib.sha256("\n\n".join(own).encode()).hexdigest()
+
+
+def describe(record: dict) -> str:
+    """A record of the runner in words."""
+    given, took = record["parameters"], record["took"]
+    cost = "time and memory not measured"
+    if took:
+        minutes = max(took["seconds"] / 60, 0.1)
+        cost = f"{minutes:.1f} minutes and {took['peak_gb']} GB when nothing is stored, on {took['processors']} CPU cores"
+    model = f"model `{given['model']}`, " if "model" in given else ""
+    return f"**Run shown:** profile `{given['profile']}`, {model}{record['data']}, {record['date']}; {cost}."
 
 
 def clean_output(output, count: int, path: Path):

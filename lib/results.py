@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import torch
 from IPython.display import Markdown
 
+from lib import processes
 from lib.store import ROOT, code_version, fingerprint, is_fresh, write_atomically
 
 RESULTS = ROOT / "data" / "cache" / "results"
@@ -57,7 +63,7 @@ def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], 
     """
     version = code_version("encoder", "sources", "data", "transfer_data", *code)
     path = RESULTS / f"{name}-{fingerprint([settings, version])}.json"
-    stored = _read(path)
+    stored = processes.from_main(lambda: _read(path))
     if stored is None:
         begin = time.perf_counter()
         value = compute()
@@ -67,14 +73,14 @@ def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], 
             "seconds": round(time.perf_counter() - begin, 2),
             "value": value.reset_index(drop=True).to_dict(orient="split", index=False),
         }
-        payload = json.dumps(stored, default=str)
+        payload = processes.from_main(lambda: json.dumps(stored, default=str))
         stored = json.loads(payload)  # so that a computed and a reused result are the same to the last digit
         content = {"sha256": hashlib.sha256(payload.encode()).hexdigest(), "payload": payload}
         write_atomically(path, json.dumps(content).encode())
         reused = False
     else:
         reused = True
-    _log(name, reused)
+    _log(name=name, reused=reused)
     return Result(pd.DataFrame(**stored["value"]), {key: stored[key] for key in ("settings", "environment", "seconds")}, reused)
 
 
@@ -97,19 +103,27 @@ def _read(path: Path) -> dict | None:
     return json.loads(content["payload"])
 
 
-def _log(name: str, reused: bool) -> None:
-    """Tell the runner, for its summary, what was computed and what was reused."""
+def _log(**entry) -> None:
+    """Tell the runner, for its summary, what was computed and reused, and how much memory that took."""
     log = os.environ.get("TP_RUN_LOG")
     if log:
         with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "reused": reused}) + "\n")
+            file.write(json.dumps(entry) + "\n")
+
+
+@atexit.register
+def _log_memory() -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if torch.cuda.is_available():
+        peak = max(peak, torch.cuda.max_memory_allocated())
+    _log(peak_gb=round(peak / 1e9, 1))
 
 
 @cache
 def environment() -> dict:
     """Versions, commit and machine, for the provenance of a result."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": platform.platform(),
@@ -139,10 +153,10 @@ def save_table(table: pd.DataFrame, name: str, profile: str, caption: str, prove
 def save_figure(figure, name: str, profile: str, caption: str, provenance: list[dict]) -> None:
     """Write `figures/<profile>/<name>.png` at 150 dpi, the caption under it, and `.json` (provenance)."""
     figure.supxlabel(caption, fontsize=8, color="0.3", wrap=True)
-    path = FIGURES / profile / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, picture = FIGURES / profile / f"{name}.png", io.BytesIO()
     # No software version or date inside, so that the same picture is the same file.
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
     _save_provenance(path.with_suffix(".json"), caption, provenance)
 
 

@@ -1,10 +1,11 @@
 """Dense retrieval, BM25 and fusion beside the sparse retrieval of `lib.sparse`; how well they rank, and what they cost.
 
-A ranking is a dict: query id -> document ids, best first. What the notebooks need of `lib.sparse` can be imported from here.
+A ranking is a dict: query id -> document ids, best first.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
@@ -14,20 +15,11 @@ import pandas as pd
 from ir_measures import RR, R, iter_calc, nDCG
 
 from lib.cost import measure
-from lib.sparse import (
-    DEPTH, QUERY_ROWS, WEIGHTS, AlignedTokens, Ranking, SparseRetriever, SparseSetting, best_first, logit_chunks,
-    mean_logits, strongest_tokens,
-)
-
-__all__ = [
-    "AlignedTokens", "Ranking", "SparseRetriever", "SparseSetting", "WEIGHTS", "logit_chunks", "mean_logits",
-    "strongest_tokens", "DenseRetriever", "BM25Retriever", "reciprocal_rank_fusion", "METRICS", "evaluate_retrieval",
-    "compare_retrieval", "cost_growth", "synthetic_rows",
-]
+from lib.sparse import DEPTH, AlignedTokens, Ranking, SparseRetriever, SparseSetting, best_first
 
 METRICS = {"nDCG@10": nDCG @ 10, "Recall@100": R @ 100, "MRR@10": RR @ 10}
-# Documents that dense retrieval compares at once.
-DOCUMENT_ROWS = 65536
+# Queries whose cosines with all documents are held at once.
+QUERY_ROWS = 16
 
 
 class DenseRetriever:
@@ -38,15 +30,11 @@ class DenseRetriever:
 
     def search(self, query_ids: Sequence[str], queries: np.ndarray, depth: int = DEPTH) -> Ranking:
         """`queries`: embeddings (queries, hidden)."""
-        ranking = {}
+        ranking, places = {}, np.arange(len(self.documents))
         for begin in range(0, len(query_ids), QUERY_ROWS):
-            names, rows = query_ids[begin : begin + QUERY_ROWS], _unit(queries[begin : begin + QUERY_ROWS])
-            found = [(np.empty(0, int), np.empty(0, np.float32))] * len(names)
-            for first in range(0, len(self.documents), DOCUMENT_ROWS):
-                scores = rows @ self.documents[first : first + DOCUMENT_ROWS].T
-                places = np.arange(first, first + scores.shape[1])
-                found = [best_first(np.append(p, places), np.append(s, row), depth) for (p, s), row in zip(found, scores)]
-            ranking |= {name: [self.document_ids[d] for d in best] for name, (best, _) in zip(names, found)}
+            rows = slice(begin, begin + QUERY_ROWS)
+            for query, scores in zip(query_ids[rows], _unit(queries[rows]) @ self.documents.T):
+                ranking[query] = [self.document_ids[d] for d in best_first(places, scores, depth)]
         return ranking
 
     @property
@@ -71,30 +59,24 @@ class BM25Retriever:
         ranking = {}
         for query, words in zip(query_ids, _words(queries), strict=True):
             scores = self.bm25.get_scores_from_ids(self.bm25.get_tokens_ids(words))
-            best, _ = best_first(np.flatnonzero(scores), scores[scores != 0], depth)
-            ranking[query] = [self.document_ids[d] for d in best]
+            found = np.flatnonzero(scores)
+            ranking[query] = [self.document_ids[d] for d in best_first(found, scores[found], depth)]
         return ranking
 
-    @property
-    def bytes_per_document(self) -> float:
-        return sum(self.bm25.scores[part].nbytes for part in ("data", "indices", "indptr")) / len(self.document_ids)
 
-
-def reciprocal_rank_fusion(rankings: Iterable[Ranking], constant: float = 60, depth: int = DEPTH) -> Ranking:
-    """Each document's sum over the rankings of 1 / (constant + rank), ranks from 1 (Cormack et al., SIGIR 2009)."""
-    scores: dict[str, dict[str, float]] = {}
+def reciprocal_rank_fusion(rankings: Iterable[Ranking]) -> Ranking:
+    """Each document's sum over the rankings of 1 / (60 + rank), ranks from 1 (Cormack et al., SIGIR 2009)."""
+    scores: dict[str, Counter] = defaultdict(Counter)
     for ranking in rankings:
         for query, documents in ranking.items():
-            of_query = scores.setdefault(query, {})
-            for rank, document in enumerate(documents, 1):
-                of_query[document] = of_query.get(document, 0.0) + 1 / (constant + rank)
-    return {query: sorted(found, key=found.get, reverse=True)[:depth] for query, found in scores.items()}
+            scores[query].update({document: 1 / (60 + rank) for rank, document in enumerate(documents, 1)})
+    return {query: [document for document, _ in found.most_common(DEPTH)] for query, found in scores.items()}
 
 
 def evaluate_retrieval(
     ranking: Ranking, qrels: dict[str, dict[str, int]], excluded: dict[str, Collection[str]] | None = None
 ) -> pd.DataFrame:
-    """The metrics of each query in the ranking, by trec_eval's definitions (ir-measures): columns query and `METRICS`, 0 to 1.
+    """Each ranked query's metrics by trec_eval's definitions (ir-measures): columns query and `METRICS`, 0 to 1.
 
     nDCG has linear gains, as in BEIR; a document with any grade above 0 is relevant for recall and reciprocal rank.
 
@@ -109,16 +91,15 @@ def evaluate_retrieval(
         raise ValueError(f"{len(unjudged)} queries are not judged, the first is {unjudged[0]!r}.")
     run = {}
     for query, documents in ranking.items():
-        out = (excluded or {}).get(query, ())
-        run[query] = {document: -float(rank) for rank, document in enumerate(d for d in documents if d not in out)}
-    table = pd.DataFrame(0.0, index=list(ranking), columns=list(METRICS))
-    names = {metric: name for name, metric in METRICS.items()}
-    for value in iter_calc(list(METRICS.values()), {query: qrels[query] for query in ranking}, run):
-        table.loc[value.query_id, names[value.measure]] = value.value
-    return table.rename_axis("query").reset_index()
+        left = [document for document in documents if document not in (excluded or {}).get(query, ())]
+        run[query] = {document: -float(rank) for rank, document in enumerate(left)}
+    judged = {query: qrels[query] for query in ranking}
+    found = {(value.query_id, value.measure): value.value for value in iter_calc(list(METRICS.values()), judged, run)}
+    scores = {name: [found.get((query, metric), 0.0) for query in ranking] for name, metric in METRICS.items()}
+    return pd.DataFrame({"query": list(ranking)} | scores)
 
 
-def compare_retrieval(tables: dict[str, pd.DataFrame], reference: str, draws: int = 10_000, seed: int = 0) -> pd.DataFrame:
+def compare_retrieval(tables: dict[str, pd.DataFrame], reference: str, draws: int = 10_000) -> pd.DataFrame:
     """Every run beside one of them, with 95 % paired bootstrap intervals over queries.
 
     Args:
@@ -130,11 +111,11 @@ def compare_retrieval(tables: dict[str, pd.DataFrame], reference: str, draws: in
     Raises:
         ValueError: the tables are not over the same queries.
     """
-    queries = [list(table["query"]) for table in tables.values()]
-    if any(other != queries[0] for other in queries):
+    queries = tables[reference]["query"]
+    if not all(queries.equals(table["query"]) for table in tables.values()):
         raise ValueError("The tables do not hold the same queries in the same order.")
-    count, at, rows = len(queries[0]), list(tables).index(reference), []
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws) / count
+    count, at, rows = len(queries), list(tables).index(reference), []
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws) / count
     for metric in METRICS:
         values = np.stack([table[metric].to_numpy() for table in tables.values()], axis=1)
         # The first row is the queries as they are, the others are resamples.
@@ -142,17 +123,17 @@ def compare_retrieval(tables: dict[str, pd.DataFrame], reference: str, draws: in
         kinds = {"score": means, "difference": means - means[:, [at]], "ratio": means / means[:, [at]]}
         for k, label in enumerate(tables):
             row = {"run": label, "metric": metric}
-            for kind, table in kinds.items():
-                row[kind] = table[0, k]
-                row[f"{kind}_low"], row[f"{kind}_high"] = np.percentile(table[1:, k], [2.5, 97.5])
+            for kind, of_kind in kinds.items():
+                low, high = np.percentile(of_kind[1:, k], [2.5, 97.5])
+                row |= {kind: of_kind[0, k], f"{kind}_low": low, f"{kind}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def synthetic_rows(real: int, count: int, seed: int = 0) -> np.ndarray:
+def synthetic_rows(real: int, count: int) -> np.ndarray:
     """Which of `real` documents make up a collection of `count`: some of them, each once, or all of them and then documents
     drawn again and again. Token frequencies stay as they are, so the lists of the index grow with the collection."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     if count <= real:
         return np.sort(generator.choice(real, count, replace=False))
     return np.append(np.arange(real), generator.integers(0, real, count - real))
@@ -160,7 +141,7 @@ def synthetic_rows(real: int, count: int, seed: int = 0) -> np.ndarray:
 
 def cost_growth(
     documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection[int]],
-    query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5, seed: int = 0,
+    query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5,
 ) -> pd.DataFrame:
     """What a search costs as the collection grows beyond the real documents, with queries sent one at a time.
 
@@ -175,20 +156,18 @@ def cost_growth(
         Columns method, documents, synthetic (bool), ms (median over rounds of the mean per query), low and high (quartiles),
         operations (mean per query), bytes (of the index, per document).
     """
-    k, rows = setting.k, []
-    kept = AlignedTokens(documents.ids[:, :k], documents.values[:, :k], documents.vocabulary, documents.centred)
+    real, rows = len(embeddings), []
     for size in sizes:
-        chosen = synthetic_rows(len(documents.ids), size, seed)
-        ids = list(map(str, range(size)))
-        sparse, dense = SparseRetriever(ids, kept[chosen], setting), DenseRetriever(ids, embeddings[chosen])
-        sets = sparse.queries(own, query_tokens)
-        methods = {"sparse": (sparse, sets), "dense": (dense, query_embeddings)}
+        chosen, ids = synthetic_rows(real, size), list(map(str, range(size)))
+        sparse = SparseRetriever(ids, documents[:, : setting.k][chosen], setting)
+        dense = DenseRetriever(ids, embeddings[chosen])
+        methods = {"sparse": (sparse, sparse.queries(own, query_tokens)), "dense": (dense, query_embeddings)}
         seconds = measure({method: partial(_one_by_one, *pair) for method, pair in methods.items()}, rounds)
         for method, (retriever, queries) in methods.items():
             low, median, high = 1000 * np.quantile(seconds[method], [0.25, 0.5, 0.75]) / len(query_embeddings)
             rows.append({
-                "method": method, "documents": size, "synthetic": size > len(documents.ids), "ms": median, "low": low,
-                "high": high, "operations": retriever.operations(queries).mean(), "bytes": retriever.bytes_per_document,
+                "method": method, "documents": size, "synthetic": size > real, "ms": median, "low": low, "high": high,
+                "operations": retriever.operations(queries).mean(), "bytes": retriever.bytes_per_document,
             })
     return pd.DataFrame(rows)
 

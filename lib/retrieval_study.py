@@ -54,7 +54,8 @@ class EncodedSet:
     def tokens(self, centred: bool, rule: TokenRule = DEFAULT_RULE) -> tuple[AlignedTokens, AlignedTokens]:
         """The aligned tokens of documents and of queries; `centred` subtracts the documents' mean logits from both."""
         if (centred, rule) not in self._tokens:
-            chunks = partial(logit_chunks, logits=partial(decode_logits, self.decoder, layer=self.layer), classes=self._classes(rule))
+            decode, classes = partial(decode_logits, self.decoder, layer=self.layer), self._classes(rule)
+            chunks = partial(logit_chunks, logits=decode, classes=classes)
             mean = mean_logits(chunks(self.documents)) if centred else None
             sides = zip((self.documents, self.queries), self.deepest)
             self._tokens[centred, rule] = tuple(strongest_tokens(chunks(side), k, mean) for side, k in sides)
@@ -63,23 +64,23 @@ class EncodedSet:
     def sparse(self, setting: SparseSetting, queries: Sequence[str], rule: TokenRule = DEFAULT_RULE) -> Ranking:
         """The ranking of these queries (ids) by aligned tokens."""
         documents, of_queries = self.tokens(setting.centred, rule)
-        retriever, own, at = SparseRetriever(self.data.corpus["id"], documents, setting), self.own(rule), self._at(queries)
-        return retriever.search(queries, retriever.queries([own[i] for i in at], of_queries[at]))
+        retriever = SparseRetriever(self.data.corpus["id"], documents, setting)
+        return retriever.search(queries, retriever.queries(self.own(rule), of_queries)[self._rows(queries)])
 
     def dense(self, queries: Sequence[str]) -> Ranking:
         """The ranking of these queries (ids) by cosine similarity."""
-        return DenseRetriever(self.data.corpus["id"], self.documents).search(queries, self.queries[self._at(queries)])
+        return DenseRetriever(self.data.corpus["id"], self.documents).search(queries, self.queries[self._rows(queries)])
 
     def without_first_component(self) -> EncodedSet:
         """The same without the first principal component of the documents' embeddings (uncentred)."""
         first = principal_components(self.documents)[0][0]
-        sides = {name: remove_component(getattr(self, name), first) for name in ("documents", "queries")}
-        return replace(self, **sides, _tokens={})
+        documents, queries = remove_component(self.documents, first), remove_component(self.queries, first)
+        return replace(self, documents=documents, queries=queries, _tokens={})
 
     def _classes(self, rule: TokenRule) -> np.ndarray:
         return token_classes(self.decoder.tokenizer, len(output_matrix(self.decoder)), rule)
 
-    def _at(self, queries: Sequence[str]) -> list[int]:
+    def _rows(self, queries: Sequence[str]) -> list[int]:
         place = {query: i for i, query in enumerate(self.data.queries["id"])}
         return [place[query] for query in queries]
 
@@ -87,26 +88,22 @@ class EncodedSet:
 def encode_set(
     encoder: SentenceEncoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int]
 ) -> tuple[EncodedSet, dict]:
-    """Encode a set through the encoder's store, so that an interrupted run goes on; also what it was made of.
-
-    An embedder reads documents in its format for documents, where it has one.
-    """
+    """Encode a set; also what it was made of. An embedder reads documents in its format for documents, where it has one."""
     of_documents = encoder.changed(role="document") if isinstance(encoder, EmbedderEncoder) else encoder
-    sides = [e.encode(list(d["text"])) for e, d in ((of_documents, data.corpus), (encoder, data.queries))]
+    documents, queries = of_documents.encode(list(data.corpus["text"])), encoder.encode(list(data.queries["text"]))
     about = {"documents": of_documents.describe(), "queries": encoder.describe(), "exit_layer": encoder.exit_layer,
              "decoder": decoder.describe(), "corpus": provenance(data.corpus), "query data": provenance(data.queries)}
-    return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest), about
+    return EncodedSet(data, documents, queries, decoder, encoder.exit_layer, deepest), about
 
 
-def study_settings(
-    encoded: EncodedSet, queries: Sequence[str], ks: Iterable[int], ms: Iterable[int], excluded: bool = True
-) -> pd.DataFrame:
+def study_settings(encoded: EncodedSet, queries: Sequence[str], ks: Iterable[int], ms: Iterable[int]) -> pd.DataFrame:
     """nDCG@10 of every K, M and weighting on these queries (ids): columns k, m, weighting, score.
 
-    `excluded` takes the documents of `RetrievalData.excluded` out of the rankings.
+    The documents of `RetrievalData.excluded` are taken out of the rankings.
     """
-    out, rows = encoded.data.excluded if excluded else None, []
+    rows = []
     for k, m, (name, changes) in product(ks, ms, WEIGHTINGS.items()):
         ranking = encoded.sparse(SparseSetting(k, m, **changes), queries)
-        rows.append((k, m, name, evaluate_retrieval(ranking, encoded.data.qrels, out)["nDCG@10"].mean()))
+        scores = evaluate_retrieval(ranking, encoded.data.qrels, encoded.data.excluded)
+        rows.append((k, m, name, scores["nDCG@10"].mean()))
     return pd.DataFrame(rows, columns=["k", "m", "weighting", "score"])

@@ -7,21 +7,27 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
+from lib import processes
 from lib.data import find_source
-from lib.publish import publish
-from lib.store import ROOT
+from lib.publish import code_hash, publish
+from lib.store import ROOT, write_atomically
 
 NOTEBOOKS = ROOT / "notebooks"
 CONFIGS = ROOT / "configs"
 RUNS = ROOT / "runs"
+
+# Measures time, so it runs alone.
+NOT_SHARED = "05_cost_measurement"
 
 
 class UsageError(ValueError):
@@ -34,6 +40,7 @@ class Outcome:
 
     name: str
     seconds: float
+    peak_gb: float
     computed: int
     reused: int
 
@@ -48,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="override a notebook parameter, for example -p model Qwen/Qwen2-0.5B")
     parser.add_argument("--fresh", action="store_true", help="ignore stored results and embeddings")
+    parser.add_argument("--processes", type=int, default=1, metavar="N",
+                        help="share the encoding between N processes, one a GPU where there are GPUs")
     parser.add_argument("--publish", action="store_true", help="afterwards write the executed copies to notebooks/")
     parser.add_argument("--list", action="store_true", help="show profiles, notebooks and their parameters")
     options = parser.parse_args(arguments)
@@ -62,40 +71,76 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"run_all: {error}", file=sys.stderr)
         return 2
-    return run(options.profile, chosen, parameters, options.fresh, options.publish)
+    if options.fresh:
+        os.environ.setdefault("TP_FRESH_SINCE", str(time.time()))
+    if options.processes > 1:
+        if processes.count() == 1:
+            launch(options.processes, sys.argv[1:] if arguments is None else arguments)
+        chosen = [path for path in chosen if path.stem != NOT_SHARED]
+        if processes.is_main():
+            print(f"{NOT_SHARED} is left out: it measures time and must run alone.")
+    if not processes.is_main():
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return run(options.profile, chosen, parameters, RUNS / options.profile / f"process-{processes.index()}")
+    folder = RUNS / options.profile
+    with only_run_in(folder):
+        failed = run(options.profile, chosen, parameters, folder)
+        if options.publish and not failed:
+            for path in chosen:
+                publish(folder / path.name, path)
+            print("Published: the executed copies are in notebooks/")
+    return failed
 
 
-def run(profile: str, notebooks: list[Path], parameters: dict[str, dict], fresh: bool, then_publish: bool) -> int:
-    """Execute the notebooks in order; 0 if all of them ran, else 1 (and the rest is not tried)."""
-    if fresh:
-        os.environ["TP_FRESH_SINCE"] = str(time.time())
+def launch(count: int, arguments: list[str]) -> None:
+    """Become `count` processes that run this same command; torch's launcher stops all of them when one fails."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // count)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "lib.run"]
+    os.execv(sys.executable, [sys.executable, *launcher, *arguments])
+
+
+@contextmanager
+def only_run_in(folder: Path):
+    """Waits while another run of the same profile works in this folder; a run that was killed holds no lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"Another run is at work in {folder.relative_to(RUNS.parent)}; waiting for it.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run(profile: str, notebooks: list[Path], parameters: dict[str, dict], folder: Path) -> int:
+    """Execute the notebooks in order, to copies in `folder`; 0 if all of them ran, else 1 (and the rest is not tried)."""
     source = find_source()
     if source.is_sample:
         os.environ["TP_HUB_UNREACHABLE"] = "1"  # the notebooks need not find out again
     print(f"Profile {profile}: {len(notebooks)} notebooks on {source.label}")
     outcomes = []
-    for path in notebooks:
+    for number, path in enumerate(notebooks):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each notebook's processes meet under a name of their own
         try:
-            outcomes.append(execute(path, profile, parameters[path.stem]))
+            outcomes.append(execute(path, parameters[path.stem], folder / path.name))
+            write_record(folder / f"{path.stem}.json", path, parameters[path.stem], outcomes[-1], source.label)
         except (PapermillException, DeadKernelError) as error:
             print(summary(profile, outcomes))
-            print(describe_failure(path, profile, error), file=sys.stderr)
+            print(describe_failure(path, folder, error), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(summary(profile, outcomes))
             print("Interrupted. What is stored is kept: the same command goes on from here.", file=sys.stderr)
             return 130
     print(summary(profile, outcomes))
-    if then_publish:
-        for path in notebooks:
-            publish(RUNS / profile / path.name, path)
-        print("Published: the executed copies are in notebooks/")
     return 0
 
 
-def execute(path: Path, profile: str, parameters: dict) -> Outcome:
-    """One notebook through papermill; its executed copy goes to runs/<profile>/."""
-    output = RUNS / profile / path.name
+def execute(path: Path, parameters: dict, output: Path) -> Outcome:
+    """One notebook through papermill; its executed copy goes to `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -109,17 +154,32 @@ def execute(path: Path, profile: str, parameters: dict) -> Outcome:
     )
     seconds = time.perf_counter() - begin
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    reused = sum(entry["reused"] for entry in entries)
-    return Outcome(path.stem, seconds, len(entries) - reused, reused)
+    reused = [entry["reused"] for entry in entries if "reused" in entry]
+    peak = max((entry.get("peak_gb", 0) for entry in entries), default=0)
+    return Outcome(path.stem, seconds, peak, reused.count(False), reused.count(True))
 
 
-def describe_failure(path: Path, profile: str, error: Exception) -> str:
+def write_record(file: Path, path: Path, parameters: dict, outcome: Outcome, data: str) -> None:
+    """What `lib.publish` says of this run: what was run, on which data, and what it took.
+
+    Time and memory are those of the last run that reused nothing, as long as the notebook is the same.
+    """
+    code = code_hash(path)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    took = {"seconds": round(outcome.seconds), "peak_gb": outcome.peak_gb, "processors": os.cpu_count()}
+    if outcome.reused:
+        took = before["took"] if before.get("code") == code else None
+    record = {"code": code, "parameters": parameters, "data": data, "date": time.strftime("%Y-%m-%d"), "took": took}
+    write_atomically(file, json.dumps(record, indent=1).encode())
+
+
+def describe_failure(path: Path, folder: Path, error: Exception) -> str:
     where = f"\nFAILED: {path.stem}"
     if isinstance(error, PapermillExecutionError):
         where += f", cell {error.cell_index} (execution {error.exec_count})\n{error.ename}: {error.evalue}"
     else:
         where += f"\n{type(error).__name__}: {error}"
-    return f"{where}\nThe executed copy with the full traceback: runs/{profile}/{path.name}"
+    return f"{where}\nThe executed copy with the full traceback: {folder.relative_to(RUNS.parent)}/{path.name}"
 
 
 def summary(profile: str, outcomes: list[Outcome]) -> str:

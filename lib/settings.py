@@ -50,12 +50,13 @@ def load_settings(model: str) -> dict[str, Setting]:
     """Prompt name -> its setting. Raises `FileNotFoundError` with the command that makes the file."""
     path = settings_file(model)
     if not path.exists():
-        raise FileNotFoundError(f"No TP settings for {model}: {path.name} is not there. Make it with: python -m lib.settings {model}")
+        command = f"python -m lib.settings {model}"
+        raise FileNotFoundError(f"No TP settings for {model}: {path.name} is not there. Make it with: {command}")
     prompts = yaml.safe_load(path.read_text())["prompts"]
     return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"]) for name, s in prompts.items()}
 
 
-def search(backbone: Backbone, prompt: str, data: Dataset, store=STORE) -> pd.DataFrame:
+def search(backbone: Backbone, prompt: str, data: Dataset) -> pd.DataFrame:
     """The scores of the search's second round for one prompt, in the columns of `score_settings`.
 
     The exit layers are the last third. A prompt of many templates costs as many passes, so its search is coarser: two
@@ -65,10 +66,10 @@ def search(backbone: Backbone, prompt: str, data: Dataset, store=STORE) -> pd.Da
     layers = range(last - last // 3, last + 1)
     few = cap_rows(data, FIRST_PAIRS, seed=0)
     tried = [TokenPrepending(*span) for span in (COARSE_SPANS if coarse else SPANS) if span[1] <= last]
-    first = score_settings(backbone, prompt, tried, few, layers, store)
+    first = score_settings(backbone, prompt, tried, few, layers, STORE)
     spans = first.groupby(["start", "end"])["score"].max().nlargest(FINALISTS).index
     finalists = [None, *(TokenPrepending(int(start), int(end)) for start, end in spans)]
-    return score_settings(backbone, prompt, finalists, few if coarse else data, layers, store)
+    return score_settings(backbone, prompt, finalists, few if coarse else data, layers, STORE)
 
 
 def best(scores: pd.DataFrame) -> pd.Series:
@@ -76,15 +77,15 @@ def best(scores: pd.DataFrame) -> pd.Series:
     return scores.sort_values(["score", "exit", "end", "start"], ascending=[False, True, True, True]).iloc[0]
 
 
-def choose(backbone: Backbone, prompts: Iterable[str], pairs: int, seed: int = 0) -> Path:
-    """Search every prompt on `pairs` seeded STS-B dev pairs and write its line in the model's settings file at once."""
+def choose(backbone: Backbone, prompts: Iterable[str], pairs: int) -> Path:
+    """Search every prompt on `pairs` STS-B dev pairs and write its line in the model's settings file at once."""
     path, source = settings_file(backbone.name), find_source()
-    data = cap_rows(load_sts("sample" if source.is_sample else "STS-B", "dev"), pairs, seed)
+    data = cap_rows(load_sts("sample" if source.is_sample else "STS-B", "dev"), pairs, seed=0)
     about = {
         "model": backbone.name,
         "revision": backbone.revision,
         "numbering": "start, end: 0-based blocks, end exclusive; exit: Hugging Face state, the last is after the final norm",
-        "chosen_by": f"highest Spearman x 100 on pairs of STS-B dev ({source.label}), drawn with seed {seed}; "
+        "chosen_by": f"highest Spearman x 100 on pairs of STS-B dev ({source.label}), drawn with seed 0; "
         f"tried first on {FIRST_PAIRS} of them, the best {FINALISTS} settings again on dev_pairs",
     }
     for prompt in prompts:
@@ -98,15 +99,13 @@ def choose(backbone: Backbone, prompts: Iterable[str], pairs: int, seed: int = 0
 def choose_prompt(backbone: Backbone, prompt: str, data: Dataset) -> dict:
     """The best setting of a prompt, with the scores that it was chosen by and those of the plain model."""
     scores = search(backbone, prompt, data)
-    plain, tp = scores[scores["end"] < 0], best(scores[scores["end"] > 0])
-    return {
-        "start": int(tp["start"]),
-        "end": int(tp["end"]),
-        "exit": int(tp["exit"]),
+    plain = scores[scores["end"] < 0]
+    tp, vanilla = best(scores[scores["end"] > 0]), best(plain)
+    return {name: int(tp[name]) for name in ("start", "end", "exit")} | {
         "dev_tp": round(float(tp["score"]), 2),
         "dev_vanilla_same_exit": round(plain.loc[plain["exit"] == tp["exit"], "score"].item(), 2),
-        "dev_vanilla_best": round(float(best(plain)["score"]), 2),
-        "dev_vanilla_best_exit": int(best(plain)["exit"]),
+        "dev_vanilla_best": round(float(vanilla["score"]), 2),
+        "dev_vanilla_best_exit": int(vanilla["exit"]),
         "dev_pairs": int(tp["pairs"]),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }

@@ -21,8 +21,8 @@ from lib.store import ROOT
 
 DATA = ROOT / "data"
 
-# kind of data -> dataset repository and archive on the hub, and a folder that the data must hold
-ARCHIVES = {"senteval": ("princeton-nlp/datasets-for-simcse", "senteval.tar", "STS")}
+# dataset repository and archive on the hub, and a folder that the data must hold
+SENTEVAL = ("princeton-nlp/datasets-for-simcse", "senteval.tar", "STS")
 
 # kind of source -> what a caption and a provenance call it
 SOURCES = {
@@ -42,7 +42,7 @@ class SampleDataWarning(UserWarning):
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data of one kind was found: `kind` is a key of `SOURCES`, `path` the folder that holds its files."""
+    """Where data was found: `kind` is a key of `SOURCES`, `path` the folder that holds the files."""
 
     kind: str
     path: Path
@@ -57,23 +57,18 @@ class DataSource:
         return SOURCES[self.kind][0]
 
     def describe(self) -> dict:
-        """The source as plain data, for provenance: what kind of place it is, not where it lies on this machine."""
+        """For provenance: what kind of place it is, not where it lies on this machine."""
         return {"kind": self.kind, "label": self.label, "where": SOURCES[self.kind][1]}
 
 
-def find_source(kind: str = "senteval") -> DataSource:
-    """Where data of this kind (a key of `ARCHIVES`) comes from; searched once per process (see `forget_sources`).
+def find_source() -> DataSource:
+    """Where SentEval's data comes from; searched once per process (see `forget_sources`).
 
     Falls back to the sample with a `SampleDataWarning`. A program that starts several processes can call this first
     and, where it got the sample, set TP_HUB_UNREACHABLE=1 for them, so that they don't each wait for the hub.
-
-    Raises:
-        ValueError: no such kind.
-        DataError: `$TP_DATA_DIR` is set and does not hold the data; nothing else is tried then.
+    Raises `DataError` if `$TP_DATA_DIR` is set and does not hold the data; nothing else is tried then.
     """
-    if kind not in ARCHIVES:
-        raise ValueError(f"Unknown kind of data {kind!r}; choose from {', '.join(ARCHIVES)}.")
-    return _search(kind, os.environ.get("TP_DATA_DIR", ""))
+    return _search(os.environ.get("TP_DATA_DIR", ""))
 
 
 def forget_sources() -> None:
@@ -83,22 +78,22 @@ def forget_sources() -> None:
 
 
 @functools.cache
-def _search(kind: str, folder: str) -> DataSource:
-    repo, archive, holds = ARCHIVES[kind]
+def _search(folder: str) -> DataSource:
+    repo, archive, holds = SENTEVAL
     if folder:
-        path = Path(folder).expanduser() / kind
+        path = Path(folder).expanduser() / "senteval"
         if not path.is_dir():
             raise DataError(f"TP_DATA_DIR is {folder!r}, so the folder {path} was expected, with {holds}/ in it; not found.")
         return DataSource("folder", path)
-    path = DATA / "downloads" / kind
+    path = DATA / "downloads" / "senteval"
     try:
         if not path.is_dir():
             fetch_archive(repo, archive, path, holds)
         return DataSource("downloads", path)
     except DownloadError as error:
         warnings.warn(
-            f"No real evaluation data ({kind}): the sample written for this project stands in for it, and its scores "
-            f"compare with no paper. Tried: TP_DATA_DIR (not set), data/downloads/{kind} (not there), the Hugging Face hub "
+            "No real evaluation data (senteval): the sample written for this project stands in for it, and its scores "
+            "compare with no paper. Tried: TP_DATA_DIR (not set), data/downloads/senteval (not there), the Hugging Face hub "
             f"({error}). To get the real data, go online and start again, or see data/README.md.",
             SampleDataWarning,
             stacklevel=3,
@@ -120,10 +115,20 @@ def read_lines(folder: Path, name: str, hashes: dict[str, str], encoding: str = 
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1  # of the object, for there a byte-order mark is gone already
         byte = error.object[error.start]
         raise DataError(f"{path}, line {line}: expected {error.encoding.upper()}, found the byte 0x{byte:02x}.") from None
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def read_numbered(
+    folder: Path, name: str, hashes: dict[str, str], header: str = "", encoding: str = "utf-8-sig"
+) -> list[tuple[str, str]]:
+    """As `read_lines`, each line after where it stands, for error messages. The header must be there, and is left out."""
+    path, lines = folder / name, read_lines(folder, name, hashes, encoding)
+    if header and lines[:1] != [header]:
+        raise DataError(f"{path}, line 1: expected the header {header!r}.")
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)][bool(header) :]
 
 
 def make_dataset(rows: list[dict], features: Features, source: DataSource, hashes: dict[str, str], **about) -> Dataset:

@@ -6,7 +6,7 @@ A ranking is a dict: query id -> document ids, best first. Equal scores go by th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,15 +17,11 @@ Ranking = dict[str, list[str]]
 
 # Deep enough for Recall@100 after documents have been taken out of the ranking.
 DEPTH = 128
-# How many texts' logits are held at once (50 MB with a vocabulary of 50,000), and for how many queries scores.
-LOGIT_ROWS, QUERY_ROWS = 256, 16
+# How many texts' logits are held at once (50 MB with a vocabulary of 50,000).
+LOGIT_ROWS = 256
 
 # What a document's token weighs, from its logit (minus the corpus mean, if that was taken off).
-WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "logit": lambda values: values,
-    "relu": lambda values: np.maximum(values, 0),
-    "log1p": lambda values: np.log1p(np.maximum(values, 0)),
-}
+WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logits, 0))}
 
 
 @dataclass(frozen=True)
@@ -43,37 +39,37 @@ class SparseSetting:
 
 @dataclass(frozen=True)
 class AlignedTokens:
-    """The tokens with the highest logits of each text, best first: ids int32 and values float32, both (texts, K)."""
+    """The tokens with the highest logits of each text, best first: ids int32 and values float32, both (texts, K).
+
+    An index cuts both: `tokens[rows]`, `tokens[:, :k]`.
+    """
 
     ids: np.ndarray
     values: np.ndarray
     vocabulary: int
     centred: bool
 
-    def __getitem__(self, rows) -> AlignedTokens:
-        return AlignedTokens(self.ids[rows], self.values[rows], self.vocabulary, self.centred)
+    def __getitem__(self, index) -> AlignedTokens:
+        return replace(self, ids=self.ids[index], values=self.values[index])
 
 
 def logit_chunks(
-    embeddings: np.ndarray, logits: Callable[[np.ndarray], np.ndarray], classes: np.ndarray | None = None,
-    rows: int = LOGIT_ROWS,
+    embeddings: np.ndarray, logits: Callable[[np.ndarray], np.ndarray], classes: np.ndarray
 ) -> Iterator[torch.Tensor]:
-    """The logits of embeddings, some rows at a time, so that only embeddings need be kept: float32 (rows, vocabulary).
+    """The logits of embeddings (texts, hidden), some texts at a time: float32 (rows, vocabulary).
 
     Args:
-        embeddings: (texts, hidden).
         logits: (rows, hidden) -> float32 (rows, vocabulary), the model's unembedding.
         classes: from `lib.vocabulary.token_classes`: a token's column holds the logit of its best entry, every other column
-            -inf. None takes the vocabulary's entries as they are.
+            -inf.
     """
-    show = len(embeddings) > 4 * rows
-    for begin in tqdm(range(0, len(embeddings), rows), desc="logits", unit="chunk", leave=False, disable=not show):
-        chunk = torch.from_numpy(np.asarray(logits(embeddings[begin : begin + rows]), np.float32))
-        if classes is not None:
-            counted = np.flatnonzero(classes >= 0)
-            target = torch.from_numpy(classes[counted]).expand(len(chunk), -1)
-            chunk = torch.full_like(chunk, -torch.inf).scatter_reduce_(1, target, chunk[:, counted], "amax")
-        yield chunk
+    counted = np.flatnonzero(classes >= 0)
+    target = torch.from_numpy(classes[counted])
+    starts = range(0, len(embeddings), LOGIT_ROWS)
+    for begin in tqdm(starts, desc="logits", unit="chunk", leave=False, disable=len(starts) < 5):
+        chunk = torch.from_numpy(logits(embeddings[begin : begin + LOGIT_ROWS]))
+        merged = torch.full_like(chunk, -torch.inf)
+        yield merged.scatter_reduce_(1, target.expand(len(chunk), -1), chunk[:, counted], "amax")
 
 
 def mean_logits(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -120,18 +116,17 @@ class SparseRetriever:
 
     def __init__(self, document_ids: Sequence[str], documents: AlignedTokens, setting: SparseSetting):
         self.document_ids, self.setting = list(document_ids), setting
-        _check_tokens(documents, setting.k, setting)
-        count, vocabulary = len(documents.ids), documents.vocabulary
-        weights = WEIGHTS[setting.weight](documents.values[:, : setting.k]).astype(np.float32)
+        documents = self._first(documents, setting.k)
+        weights = WEIGHTS[setting.weight](documents.values).astype(np.float32)
         # 32 bits as long as they count to the end; the positions of the index take the type of these.
         starts = np.arange(0, weights.size + 1, setting.k, np.int32 if weights.size < 2**31 else np.int64)
-        tokens = documents.ids[:, : setting.k].flatten()  # a copy, because removing zeros moves entries in place
-        by_document = csr_array((weights.ravel(), tokens, starts), shape=(count, vocabulary))
+        tokens = documents.ids.flatten()  # a copy, because removing zeros moves entries in place
+        by_document = csr_array((weights.ravel(), tokens, starts), shape=(len(weights), documents.vocabulary))
         by_document.eliminate_zeros()
         self.index: csr_array = by_document.tocsc().T
         self.frequency = np.diff(self.index.indptr)
         if setting.idf:
-            idf = np.log1p((count - self.frequency + 0.5) / (self.frequency + 0.5))
+            idf = np.log1p((len(weights) - self.frequency + 0.5) / (self.frequency + 0.5))
             self.index.data *= np.repeat(idf, self.frequency).astype(np.float32)
 
     def queries(self, own: Sequence[Collection[int]], aligned: AlignedTokens | None = None) -> csr_array:
@@ -140,29 +135,22 @@ class SparseRetriever:
         Args:
             own: from `lib.vocabulary.text_tokens`, under the rule that the documents' tokens were chosen by.
         """
-        m, sets = self.setting.m, [set(tokens) for tokens in own]
-        if m:
+        sets = [set(tokens) for tokens in own]
+        if self.setting.m:
             if aligned is None:
-                raise ValueError(f"With m={m}, the aligned tokens of the queries are needed.")
-            _check_tokens(aligned, m, self.setting)
-            sets = [tokens | set(ids) for tokens, ids in zip(sets, aligned.ids[:, :m].tolist(), strict=True)]
+                raise ValueError(f"With m={self.setting.m}, the aligned tokens of the queries are needed.")
+            rows = self._first(aligned, self.setting.m).ids.tolist()
+            sets = [tokens.union(row) for tokens, row in zip(sets, rows, strict=True)]
         starts = np.cumsum([0, *map(len, sets)], dtype=np.int32)
         columns = np.array([token for tokens in sets for token in sorted(tokens)], np.int32)
         return csr_array((np.ones(len(columns), np.float32), columns, starts), shape=(len(sets), self.index.shape[0]))
 
-    def scores(self, queries: csr_array) -> csr_array:
-        """float32 (queries, documents); what is not stored is not ranked."""
-        return queries @ self.index
-
     def search(self, query_ids: Sequence[str], queries: csr_array, depth: int = DEPTH) -> Ranking:
         """`queries`: from the method of that name, one row for each id."""
         ranking = {}
-        for begin in range(0, len(query_ids), QUERY_ROWS):
-            scores = self.scores(queries[begin : begin + QUERY_ROWS])
-            for i, query in enumerate(query_ids[begin : begin + QUERY_ROWS]):
-                row = slice(scores.indptr[i], scores.indptr[i + 1])
-                best, _ = best_first(scores.indices[row], scores.data[row], depth)
-                ranking[query] = [self.document_ids[d] for d in best]
+        for i, query in enumerate(query_ids):
+            scores = queries[i : i + 1] @ self.index
+            ranking[query] = [self.document_ids[d] for d in best_first(scores.indices, scores.data, depth)]
         return ranking
 
     @property
@@ -174,18 +162,18 @@ class SparseRetriever:
         through the unembedding besides: hidden x vocabulary multiply-adds, whatever the size of the collection."""
         return queries @ self.frequency
 
+    def _first(self, tokens: AlignedTokens, count: int) -> AlignedTokens:
+        """The first of each text, if there are so many and they fit the setting."""
+        if tokens.ids.shape[1] < count:
+            raise ValueError(f"The setting wants {count} aligned tokens of a text, there are {tokens.ids.shape[1]}.")
+        if tokens.centred != self.setting.centred:
+            raise ValueError(f"The setting has centred={self.setting.centred}, the aligned tokens centred={tokens.centred}.")
+        return tokens[:, :count]
 
-def best_first(places: np.ndarray, scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The places and scores of the best, best first; among equals the lowest place."""
+
+def best_first(places: np.ndarray, scores: np.ndarray, depth: int) -> np.ndarray:
+    """The places with the highest scores, best first; among equals the lowest place."""
     if len(scores) > depth:
         kept = scores >= np.partition(scores, -depth)[-depth]
         places, scores = places[kept], scores[kept]
-    order = np.lexsort((places, -scores))[:depth]
-    return places[order], scores[order]
-
-
-def _check_tokens(tokens: AlignedTokens, wanted: int, setting: SparseSetting) -> None:
-    if tokens.ids.shape[1] < wanted:
-        raise ValueError(f"The setting wants {wanted} aligned tokens of a text, there are {tokens.ids.shape[1]}.")
-    if tokens.centred != setting.centred:
-        raise ValueError(f"The setting has centred={setting.centred}, the aligned tokens centred={tokens.centred}.")
+    return places[np.lexsort((places, -scores))[:depth]]

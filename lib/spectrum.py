@@ -15,10 +15,9 @@ from lib.models import Backbone
 
 
 def principal_components(embeddings: np.ndarray, centre: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Singular value decomposition of embeddings (texts, hidden).
+    """Singular value decomposition of embeddings (texts, hidden), less their mean if `centre`.
 
-    Args:
-        centre: subtract the mean first. The paper does not, so its first component is close to the mean's direction.
+    The paper does not centre, so its first component is close to the mean's direction.
 
     Returns:
         components, float64 (components, hidden): orthonormal right singular vectors u_1, u_2, ... as rows; and the singular
@@ -35,36 +34,28 @@ def component_variation(backbone: np.ndarray, embedder: np.ndarray, components: 
     """How embeddings of the same texts, (texts, hidden), differ along the backbone's components.
 
     Returns:
-        One row per component: component (from 1); before, after: mean projection of the backbone's and the embedder's
-        embeddings on it; variation: v_i, after minus before; deviation: its standard deviation over texts; share: part of
-        the squared norm of the mean change that lies in it; share_each: part of the summed squared norms of the texts' own
-        changes. Shares add up to less than 1 where the components do not span the space.
+        One row per component: component (from 1); variation: v_i, the mean change from backbone to embedder along it;
+        deviation: its standard deviation over texts; share: part of the squared norm of the mean change that lies in it;
+        share_each: part of the summed squared norms of the texts' own changes.
 
-    Raises:
-        ValueError: the two do not have the same shape.
+    Raises `ValueError` if the two do not have the same shape.
     """
     if backbone.shape != embedder.shape:
         raise ValueError(f"Both need the same texts and width: {backbone.shape} and {embedder.shape}.")
     change = embedder.astype(np.float64) - backbone
     along = change @ components.T
-    before, variation = (backbone @ components.T).mean(axis=0), along.mean(axis=0)
+    variation = along.mean(axis=0)
     return pd.DataFrame({
-        "component": np.arange(1, len(components) + 1), "before": before, "after": before + variation, "variation": variation,
-        "deviation": along.std(axis=0), "share": variation**2 / (change.mean(axis=0) ** 2).sum(),
-        "share_each": (along**2).sum(axis=0) / (change**2).sum(),
+        "component": np.arange(1, len(components) + 1), "variation": variation, "deviation": along.std(axis=0),
+        "share": variation**2 / (change.mean(axis=0) ** 2).sum(), "share_each": (along**2).sum(axis=0) / (change**2).sum(),
     })
 
 
 def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, k: int = 10) -> pd.DataFrame:
     """The k highest logits of a state (hidden,), split into the part along a unit vector (hidden,) and the rest.
 
-    The two add up to the total; a bias of the unembedding (GPT-J, Phi) counts to the rest.
-
-    Returns:
-        The columns of `lib.alignment.aligned_tokens`, with logit, along and rest.
-
-    Raises:
-        ValueError: the logits are not linear in the state (the head of a masked model, as BERT's).
+    A bias of the unembedding (GPT-J, Phi) counts to the rest. Returns id, token, logit, along and rest.
+    Raises `ValueError` if the logits are not linear in the state (the head of a masked model, as BERT's).
     """
     if not hasattr(backbone.unembedding, "weight"):
         raise ValueError(f"The logits of {backbone.name} are not linear in its states, so they have no parts that add up.")
@@ -79,12 +70,11 @@ def shift_component(embeddings: np.ndarray, component: np.ndarray, amount: float
     return (embeddings + amount * component).astype(np.float32)
 
 
-def remove_component(embeddings: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """Embeddings (texts, hidden) without their part along one unit vector (hidden,) or several orthonormal rows, float32."""
-    components = np.atleast_2d(components)
-    return (embeddings - (embeddings @ components.T) @ components).astype(np.float32)
+def remove_component(embeddings: np.ndarray, component: np.ndarray) -> np.ndarray:
+    """Embeddings (texts, hidden) without their part along a unit vector (hidden,), float32."""
+    return (embeddings - np.outer(embeddings @ component, component)).astype(np.float32)
 
 
-def centre(embeddings: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
-    """Embeddings (texts, hidden) minus a mean (hidden,), float32. Without `mean` it is their own."""
-    return (embeddings - (embeddings.mean(axis=0, dtype=np.float64) if mean is None else mean)).astype(np.float32)
+def centre(embeddings: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Embeddings (texts, hidden) minus a mean (hidden,), float32."""
+    return (embeddings - mean).astype(np.float32)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import processes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,7 +33,12 @@ def is_fresh(path: Path) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full."""
+    """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full.
+
+    Of several processes that run one program, only the main one writes.
+    """
+    if not processes.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}-", suffix=".tmp")
     try:

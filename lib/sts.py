@@ -16,10 +16,12 @@ from lib.results import Result, run_or_load
 
 ALL = "all"
 AVERAGE = "Avg"
+TAILS = (2.5, 97.5)  # percentiles: the ends of a 95 % interval
+CHUNK = 250  # resamples in memory at a time
 
 
 def evaluate_sts(encoder: SentenceEncoder, tasks: Iterable[str], split: str = "test") -> pd.DataFrame:
-    """Scores of an encoder at its exit layer; the columns are those of `sts_scores`."""
+    """Scores of an encoder at its exit layer; columns as in `sts_scores`."""
     return sts_scores(sts_pairs(encoder, {task: load_sts(task, split) for task in tasks}))
 
 
@@ -35,15 +37,12 @@ def sts_pairs(encoder: SentenceEncoder, data: dict[str, Dataset], layers: Iterab
     """
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
     sides = [list(dataset[column]) for column in ("sentence1", "sentence2") for dataset in data.values()]
-    states = encoder.encode_layers([s for side in sides for s in side], dict.fromkeys(layers))
+    states = encoder.encode_layers([s for side in sides for s in side], layers)
     frame = pd.concat(
         pd.DataFrame({"task": task, "subset": dataset["subset"], "pair": range(len(dataset)), "gold": dataset["score"]})
         for task, dataset in data.items()
     )
-    tables = []
-    for layer, embeddings in states.items():
-        first, second = np.split(embeddings, 2)
-        tables.append(frame.assign(layer=layer, similarity=cosine(first, second)))
+    tables = [frame.assign(layer=layer, similarity=cosine(*np.split(states[layer], 2))) for layer in states]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -70,14 +69,11 @@ def sts_scores(pairs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns layer, task, subset, score, pairs.
     """
-    rows = []
-    for layer, of_layer in pairs.groupby("layer", sort=False):
-        for task, of_task in of_layer.groupby("task", sort=False):
-            groups = [(ALL, of_task), *of_task.groupby("subset", sort=False)]
-            rows += [(layer, task, subset, spearman(g["gold"], g["similarity"]), len(g)) for subset, g in groups]
+    groups = pd.concat([pairs.assign(subset=ALL), pairs]).groupby(["layer", "task", "subset"], sort=False)
+    rows = [(*key, spearman(group["gold"], group["similarity"]), len(group)) for key, group in groups]
     scores = pd.DataFrame(rows, columns=["layer", "task", "subset", "score", "pairs"])
-    whole = scores[scores["subset"] == ALL].groupby("layer", sort=False)
-    average = whole.agg(score=("score", "mean"), pairs=("pairs", "sum")).reset_index()
+    whole = scores[scores["subset"] == ALL].groupby("layer", sort=False, as_index=False)
+    average = whole.agg({"score": "mean", "pairs": "sum"})
     return pd.concat([scores, average.assign(task=AVERAGE, subset=ALL)], ignore_index=True)
 
 
@@ -86,9 +82,7 @@ def spearman(gold, similarity) -> float:
     return 100 * float(spearmanr(gold, similarity).statistic)
 
 
-def bootstrap_spearman(
-    gold: np.ndarray, similarities: np.ndarray, draws: int = 10_000, seed: int = 0, chunk: int = 250
-) -> np.ndarray:
+def bootstrap_spearman(gold: np.ndarray, similarities: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndarray:
     """Spearman x 100 of several methods on the same resampled pairs.
 
     A resample is how often each pair was drawn, and its ranks follow from running sums of those counts over the values
@@ -100,12 +94,11 @@ def bootstrap_spearman(
     Returns:
         float64 (draws, methods). Take differences of its columns for a paired comparison.
     """
-    generator = np.random.default_rng(seed)
-    values = [np.asarray(v, np.float64) for v in (gold, *similarities)]
-    count, orders = len(gold), [_tie_groups(v) for v in values]
+    generator, count = np.random.default_rng(seed), len(gold)
+    orders = [_tie_groups(values) for values in (gold, *similarities)]
     result = np.empty((draws, len(similarities)))
-    for begin in range(0, draws, chunk):
-        size = min(chunk, draws - begin)
+    for begin in range(0, draws, CHUNK):
+        size = min(CHUNK, draws - begin)
         drawn = generator.integers(0, count, (size, count)) + np.arange(size)[:, None] * count
         weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
         ranks = [_resampled_ranks(weights, *order) - (count + 1) / 2 for order in orders]
@@ -116,11 +109,10 @@ def bootstrap_spearman(
     return result
 
 
-def _tie_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tie_groups(values) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sorting order, where each group of equal values starts in it, and each value's group."""
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    order, starts = np.argsort(values, kind="stable"), np.cumsum(sizes) - sizes
-    return order, starts, group
+    return np.argsort(group), np.cumsum(sizes) - sizes, group
 
 
 def _resampled_ranks(weights: np.ndarray, order: np.ndarray, starts: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -129,38 +121,31 @@ def _resampled_ranks(weights: np.ndarray, order: np.ndarray, starts: np.ndarray,
     return (np.cumsum(drawn, axis=1) - drawn / 2 + 0.5)[:, group]
 
 
-def difference_interval(
-    ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0, level: float = 0.95
-) -> pd.DataFrame:
-    """Score of `ours` minus `base` per task and on average, with a paired bootstrap interval over sentence pairs.
+def difference_interval(ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0) -> pd.DataFrame:
+    """Score of `ours` minus `base` per task and on average, with a 95 % paired bootstrap interval over sentence pairs.
 
     Args:
-        ours, base: tables from `sts_pairs`, one layer each, over the same pairs in the same order.
+        ours, base: tables from `sts_pairs`, one layer each. `ValueError` if they don't hold the same pairs in one order.
 
     Returns:
-        Columns task, difference, low, high: percentiles of the resampled differences at the given level.
-
-    Raises:
-        ValueError: the two tables hold different pairs.
+        Columns task, difference, low, high.
     """
     keys = ["task", "subset", "pair", "gold"]
-    if not ours[keys].reset_index(drop=True).equals(base[keys].reset_index(drop=True)):
+    ours, base = ours.reset_index(drop=True), base.reset_index(drop=True)
+    if not ours[keys].equals(base[keys]):
         raise ValueError("The two tables do not hold the same pairs in the same order.")
-    rows, all_draws = [], []
-    tails = [50 * (1 - level), 50 * (1 + level)]
-    base_similarity = base["similarity"].to_numpy()
-    for task, index in ours.reset_index(drop=True).groupby("task", sort=False).indices.items():
-        gold = ours["gold"].to_numpy()[index]
-        both = np.stack([ours["similarity"].to_numpy()[index], base_similarity[index]])
-        resampled = bootstrap_spearman(gold, both, draws, seed)
-        all_draws.append(resampled[:, 0] - resampled[:, 1])
-        rows.append((task, spearman(gold, both[0]) - spearman(gold, both[1]), *np.percentile(all_draws[-1], tails)))
-    mean = np.mean(all_draws, axis=0)
-    rows.append((AVERAGE, float(np.mean([row[1] for row in rows])), *np.percentile(mean, tails)))
-    return pd.DataFrame(rows, columns=["task", "difference", "low", "high"])
+    differences, resampled = {}, {}
+    for task, pairs in ours.assign(base=base["similarity"]).groupby("task", sort=False):
+        gold, *both = pairs[["gold", "similarity", "base"]].to_numpy().T
+        differences[task] = spearman(gold, both[0]) - spearman(gold, both[1])
+        resampled[task] = -np.diff(bootstrap_spearman(gold, both, draws, seed))[:, 0]
+    differences[AVERAGE] = np.mean(list(differences.values()))
+    resampled[AVERAGE] = np.mean(list(resampled.values()), axis=0)
+    low, high = np.percentile(list(resampled.values()), TAILS, axis=1)
+    return pd.DataFrame({"task": list(differences), "difference": differences.values(), "low": low, "high": high})
 
 
-def compare_runs(runs: dict[str, pd.DataFrame], reference: str, draws: int = 10_000, seed: int = 0) -> pd.DataFrame:
+def compare_runs(runs: dict[str, pd.DataFrame], reference: str, draws: int = 10_000) -> pd.DataFrame:
     """Every run beside one of them, over the same pairs of one data set, with 95 % paired bootstrap intervals.
 
     Args:
@@ -169,15 +154,15 @@ def compare_runs(runs: dict[str, pd.DataFrame], reference: str, draws: int = 10_
     Returns:
         Columns run, score, score_low, score_high, difference, low, high (of the difference from the reference).
     """
-    gold = runs[reference]["gold"].to_numpy()
-    similarities = np.stack([table["similarity"].to_numpy() for table in runs.values()])
-    resampled, at = bootstrap_spearman(gold, similarities, draws, seed), list(runs).index(reference)
-    scores = [spearman(gold, similarity) for similarity in similarities]
-    rows = []
-    for k, (label, score) in enumerate(zip(runs, scores)):
-        own, difference = (np.percentile(d, [2.5, 97.5]) for d in (resampled[:, k], resampled[:, k] - resampled[:, at]))
-        rows.append((label, score, *own, score - scores[at], *difference))
-    return pd.DataFrame(rows, columns=["run", "score", "score_low", "score_high", "difference", "low", "high"])
+    gold, at = runs[reference]["gold"].to_numpy(), list(runs).index(reference)
+    similarities = [table["similarity"].to_numpy() for table in runs.values()]
+    resampled, scores = bootstrap_spearman(gold, similarities, draws), np.array([spearman(gold, s) for s in similarities])
+    score_low, score_high = np.percentile(resampled, TAILS, axis=0)
+    low, high = np.percentile(resampled - resampled[:, [at]], TAILS, axis=0)
+    return pd.DataFrame(
+        {"run": list(runs), "score": scores, "score_low": score_low, "score_high": score_high}
+        | {"difference": scores - scores[at], "low": low, "high": high}
+    )
 
 
 def stored_effects(ours: pd.DataFrame, base: pd.DataFrame, draws: int = 10_000, seed: int = 0) -> Result:
@@ -191,16 +176,14 @@ def score_table(runs: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
     """(prompt, variant) -> pairs of one layer, as one wide table: prompt, variant, layer, a column per task, Avg."""
     rows = []
     for (prompt, variant), pairs in runs.items():
-        scores = sts_scores(pairs)
-        scores = scores[scores["subset"] == ALL].set_index("task")["score"]
+        scores = sts_scores(pairs).query("subset == @ALL").set_index("task")["score"]
         rows.append({"prompt": prompt, "variant": variant, "layer": pairs["layer"].iloc[0], **scores})
     return pd.DataFrame(rows)
 
 
 def describe_effects(effects: pd.DataFrame) -> str:
-    """One sentence about differences with intervals; columns prompt, difference, low, high."""
-    better = effects["low"] > 0
-    worse = effects["high"] < 0
+    """One sentence about differences with intervals; columns prompt, low, high."""
+    better, worse = effects["low"] > 0, effects["high"] < 0
     groups = {"better": better, "worse": worse, "no different as far as these pairs can tell": ~better & ~worse}
     parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
     return f"With TP the average is {'; '.join(parts)}."

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import groupby
 
 import pandas as pd
 import torch
@@ -17,7 +16,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from lib.encoder import SentenceEncoder, pool
-from lib.forward import block_input, read_states, replace_input
+from lib.forward import read_states
 from lib.models import Backbone
 from lib.sts import ALL, sts_pairs, sts_scores
 from lib.token_prepending import TokenPrepending
@@ -60,90 +59,53 @@ class SweepEncoder(SentenceEncoder):
     def _run(self, rows, batch, layers, prefix) -> dict[tuple[int, int], torch.Tensor]:
         """One batch: (end, layer) -> (batch, hidden)."""
         ids, placeholders, first, last = self._positions(rows, batch)
+        blocks, outputs = list(self.backbone.layers), {}
 
-        def run(wanted, tp=None, at=0, states=None, inputs=None):
-            with ExitStack() as hooks:
-                hooks.enter_context(_resumed(self.backbone, at, states))
-                hooks.enter_context(_captured(self.backbone, inputs))
-                if tp:
-                    hooks.enter_context(tp.attach(self.backbone, placeholders, last))
-                return read_states(self.backbone, ids, wanted, lambda s: pool(s, self.pooling, first, last), prefix)
+        def read(wanted):
+            return read_states(self.backbone, ids, wanted, lambda s: pool(s, self.pooling, first, last), prefix)
 
-        inputs = dict.fromkeys(self.ends[:-1])
-        trunk = run(layers, self.tp, inputs=inputs)
-        kept = {}
-        for end in self.ends:
-            left = [n for n in layers if n > end]
-            branch = run(left, at=end, states=inputs[end]) if left and end in inputs else {}
-            kept |= {(end, n): branch.get(n, trunk[n]) for n in layers}
-        return kept
-
-
-@contextmanager
-def _captured(backbone: Backbone, inputs: dict | None):
-    """Puts the states that enter block i into `inputs[i]`, for each key i. Its hooks must come before those of TP."""
-    with ExitStack() as hooks:
-        for index in inputs or ():
-            def before_block(_, args, kwargs, index=index):
-                inputs[index] = block_input(args, kwargs)
-            hooks.callback(backbone.layers[index].register_forward_pre_hook(before_block, with_kwargs=True).remove)
-        yield
+        with ExitStack() as hooks:
+            for end in self.ends[:-1]:
+                def keep_output(_, __, output, end=end):
+                    outputs[end] = output
+                hooks.callback(blocks[end - 1].register_forward_hook(keep_output).remove)
+            with self.tp.attach(self.backbone, placeholders, last):
+                trunk = read(layers)
+        found = {(end, n): state for end in self.ends for n, state in trunk.items()}
+        for end, output in outputs.items():
+            later = [n for n in layers if n > end]
+            if later:
+                with _returning(output, blocks[:end]):
+                    found |= {(end, n): state for n, state in read(later).items()}
+        return found
 
 
 @contextmanager
-def _resumed(backbone: Backbone, at: int, states: torch.Tensor | None):
-    """While active, a forward pass begins at block `at` with `states` (batch, tokens, hidden): the blocks before it do nothing."""
-    if states is None:
+def _returning(output, blocks: list[torch.nn.Module]):
+    """While active, these blocks compute nothing and return `output`."""
+    own = [vars(block).get("forward") for block in blocks]  # set on the object and not the class, as accelerate does
+    for block in blocks:
+        block.forward = lambda *_, **__: output
+    try:
         yield
-        return
-    as_tuple = _returns_tuple(backbone)
-
-    def skip(hidden_states, *_, **__):
-        return (hidden_states, None, None) if as_tuple else hidden_states
-
-    def enter(_, args, kwargs):
-        return replace_input(states, args, kwargs)
-
-    with ExitStack() as undo:
-        for block in backbone.layers[:at]:
-            # An own `forward` of the block object (accelerate sets one) comes back; else the class's does.
-            undo.callback(_restore, block, vars(block).get("forward"))
-            block.forward = skip
-        undo.callback(backbone.layers[at].register_forward_pre_hook(enter, with_kwargs=True).remove)
-        yield
-
-
-def _restore(block, forward) -> None:
-    del block.forward
-    if forward is not None:
-        block.forward = forward
-
-
-def _returns_tuple(backbone: Backbone) -> bool:
-    """Whether this architecture's blocks return a tuple whose first item is the states, or the states alone."""
-    if "returns_tuple" not in vars(backbone):
-        seen = []
-        handle = backbone.layers[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
-        try:
-            read_states(backbone, torch.zeros(1, 1, dtype=torch.long, device=backbone.device), [1])
-        finally:
-            handle.remove()
-        backbone.returns_tuple = seen[0]
-    return backbone.returns_tuple
+    finally:
+        for block, forward in zip(blocks, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def shared_blocks(starts_and_ends: Iterable[tuple[int, int]], stop: int) -> tuple[int, int]:
     """Blocks that run per sentence up to state `stop`: with the sharing of `SweepEncoder`, and in independent runs."""
-    settings = list(starts_and_ends)
-    latest: dict[int, int] = {}
-    for start, end in settings:
-        latest[start] = max(latest.get(start, 0), end)
+    settings = sorted(starts_and_ends)
+    latest = dict(settings)  # start -> its last end
     branches = sum(max(stop - end, 0) for start, end in settings if end != latest[start])
     return stop * len(latest) + branches, stop * len(settings)
 
 
 def score_settings(
-    backbone: Backbone, prompt: str, settings: Sequence[TokenPrepending | None], data: Dataset, layers: Iterable[int], store=None
+    backbone: Backbone, prompt: str, settings: Sequence[TokenPrepending | None], data: Dataset, layers: Iterable[int],
+    store=None,
 ) -> pd.DataFrame:
     """Spearman x 100 at each layer for TP settings and, for None, the plain model.
 
@@ -157,12 +119,11 @@ def score_settings(
     """
     store, layers, tables = MemoryStore() if store is None else store, list(layers), []
     sentences = [*data["sentence1"], *data["sentence2"]]
-    for start, group in groupby(sorted(filter(None, settings), key=lambda tp: tp.start), key=lambda tp: tp.start):
-        group = list(group)
+    for start in {tp.start for tp in settings if tp}:
+        group = [tp for tp in settings if tp and tp.start == start]
         SweepEncoder(backbone, prompt, group[0], [tp.end for tp in group]).fill(sentences, layers, store)
     for tp in settings:
         scores = sts_scores(sts_pairs(SentenceEncoder(backbone, prompt, tp, store=store), {"dev": data}, layers))
-        scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)]
-        named = {"prompt": prompt, "start": tp.start if tp else -1, "end": tp.end if tp else -1, "exit": scores["layer"]}
-        tables.append(pd.DataFrame(named | {"score": scores["score"], "pairs": scores["pairs"]}))
-    return pd.concat(tables, ignore_index=True)
+        scores = scores[(scores["task"] == "dev") & (scores["subset"] == ALL)].rename(columns={"layer": "exit"})
+        tables.append(scores.assign(prompt=prompt, start=tp.start if tp else -1, end=tp.end if tp else -1))
+    return pd.concat(tables, ignore_index=True)[["prompt", "start", "end", "exit", "score", "pairs"]]

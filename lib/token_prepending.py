@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from lib.forward import block_input, replace_input
+from lib.hooks import block_input, replace_input
 from lib.models import Backbone
 
 INITS = ("normal", "zeros", "ones", "uniform", "space")
@@ -77,10 +77,16 @@ class TokenPrepending:
             ids = backbone.tokenizer(" ", add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"The tokenizer of {backbone.name} has no token for a space; choose another init.")
-            return backbone.embeddings.weight[ids[-1]].detach().float().cpu()
+            row = backbone.embeddings(torch.tensor([ids[-1]], device=backbone.device))[0].detach().float().cpu()
+            return row / self._scale(backbone)
         if len(self.init) != size:
             raise ValueError(f"init has {len(self.init)} values; {backbone.name} has hidden size {size}.")
         return torch.tensor(self.init)
+
+    @staticmethod
+    def _scale(backbone: Backbone) -> float:
+        """By which some families (Gemma) multiply the rows of their embedding matrix."""
+        return float(getattr(backbone.embeddings, "embed_scale", 1.0))
 
     @contextmanager
     def attach(self, backbone: Backbone, placeholder_positions: torch.Tensor, last_positions: torch.Tensor):
@@ -90,8 +96,7 @@ class TokenPrepending:
             placeholder_positions: int64 (batch,) or (batch, count), counted in the tokens handed to the model.
             last_positions: int64 (batch,), the last real token of each row, whose state is written.
 
-        The hooks are removed when the block is left, also by an error. Raises `ValueError` if the model has fewer than
-        `end` blocks.
+        The hooks go when the block is left, also by an error. Raises `ValueError` if there are fewer than `end` blocks.
         """
         if self.end > backbone.num_layers:
             raise ValueError(f"TP end={self.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
@@ -111,8 +116,7 @@ class TokenPrepending:
     @contextmanager
     def insert(self, backbone: Backbone, targets: torch.Tensor):
         """While active, the positions `targets`, int64 (batch, count), hold `initial_vector` at the embedding output."""
-        # Some families scale their embeddings (Gemma); a row of the matrix would be scaled likewise.
-        vector = self.initial_vector(backbone) * float(getattr(backbone.embeddings, "embed_scale", 1.0))
+        vector = self.initial_vector(backbone) * self._scale(backbone)
         rows = torch.arange(len(targets))[:, None]
 
         def insert_placeholder(_, __, output):

@@ -4,18 +4,14 @@ The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cro
 given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC. A pair (u, v) of MRPC has the
 features |u - v|, u * v. Scikit-learn does the fitting. What differs from SentEval's own classifier:
 
-- SentEval takes steps with Adam (rate 0.001, batches of 64, weight decay) and stops early: when accuracy no longer rises on
-  the held-out fold or, for the last fit, on 5 % of the training part. Here its loss, mean cross-entropy + L2 / 2 * |W|^2 on
-  raw features, is brought to its minimum, and all of the training part is used. The bias is not part of |W|.
-- Stopping early keeps weights small as well, and more than SentEval's L2 of 1e-5 to 1e-2 does. So the strengths here lie one
-  decade higher, at 1e-4 to 1e-1.
-- Features are centred and divided by one number, the root of their mean variance. That speeds up the fit and leaves its
-  minimum where it is, for L2 is scaled with it. Nothing is scaled feature by feature, because in SentEval nothing is.
+- SentEval takes steps with Adam and stops early, when accuracy no longer rises on held-out items. Here its loss, mean
+  cross-entropy + L2 / 2 * |W|^2 on raw features (the bias is not part of |W|), is brought to its minimum, on all of the
+  training part. Stopping early keeps weights small, more than SentEval's L2 of 1e-5 to 1e-2 does, so the strengths here
+  lie one decade higher.
+- Features are centred and divided by one number, which speeds up the fit and leaves its minimum where it is, for L2 is
+  scaled with it. Nothing is scaled feature by feature, because in SentEval nothing is.
 - Where a class has fewer than 10 members there are fewer folds, so that few rows can be used. Complete data has enough.
 - SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items together.
-
-What takes the time is the nested cross-validation: 100 folds of four strengths for each of four tasks, most of it the
-product X'WX in each Newton step, which costs items x features^2.
 """
 
 from __future__ import annotations
@@ -23,19 +19,18 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.parallel import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from lib.data import cap_rows, load_transfer, provenance
+from lib.data import load_transfer, provenance
 from lib.encoder import SentenceEncoder
 from lib.results import Result, run_or_load
 
@@ -44,30 +39,23 @@ SEED = 1111  # SentEval's
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
 PAIR_TASKS = ("MRPC", "paraphrase")
 AVERAGE = "Avg"
+ACCURACY = "accuracy_x100"
 
 
-class Classified(NamedTuple):
-    """What became of the items that were tested: three arrays of one length."""
-
-    items: np.ndarray  # int64, places in the data, ascending
-    predicted: np.ndarray  # labels
-    l2: np.ndarray  # float64, the strength chosen for the fit that predicted the item
-
-
-def classify(
-    features: np.ndarray, labels: Sequence[int], splits: Sequence[str], seed: int = SEED, title: str = ""
-) -> Classified:
+def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "") -> pd.DataFrame:
     """Fit and test a logistic regression; the split names decide the protocol.
 
     Args:
         features: (items, width). labels: (items,).
         splits: (items,), all of them `"all"` (nested folds, every item is tested once), or `"train"` and `"test"` (folds of
             the training part choose the strength), or `"train"`, `"dev"` and `"test"` (dev chooses it).
-        seed: of the folds. title: of the progress bar, which is shown above 1,000 items.
+        title: of the progress bar, which is shown above 1,000 items.
 
-    Raises:
-        ValueError: lengths differ; a feature is not finite; other split names; too few members of a class for folds, or
-            only one class to train on.
+    Returns:
+        A row per tested item: item (its place in the data, ascending), gold, predicted, l2 (the strength chosen for the fit
+        that predicted it).
+
+    Raises `ValueError` for other splits, unequal lengths, features that are not finite, and too few members of a class.
     """
     features, labels, splits = np.asarray(features), np.asarray(labels), np.asarray(splits)
     if not len(features) == len(labels) == len(splits):
@@ -77,9 +65,9 @@ def classify(
     # A round is one test: (items to train on, items to test, [(items to fit, items held out), ...] to choose the strength).
     part = {name: np.flatnonzero(splits == name) for name in np.unique(splits)}
     if set(part) == {"all"}:
-        rounds = [(train, test, _folds(labels, train, seed)) for train, test in _folds(labels, part["all"], seed)]
+        rounds = [(train, test, _folds(labels, train)) for train, test in _folds(labels, part["all"])]
     elif set(part) == {"train", "test"}:
-        rounds = [(part["train"], part["test"], _folds(labels, part["train"], seed))]
+        rounds = [(part["train"], part["test"], _folds(labels, part["train"]))]
     elif set(part) == {"train", "dev", "test"}:
         rounds = [(part["train"], part["test"], [(part["train"], part["dev"])])]
     else:
@@ -88,30 +76,24 @@ def classify(
         raise ValueError("All items to train on have the same label.")
 
     choices = [(k, fit, held) for k, (_, _, folds) in enumerate(rounds) for fit, held in folds]
-    accuracy = np.zeros((len(rounds), len(STRENGTHS)))
-    shown = len(labels) > 1000
+    accuracy, tables = np.zeros((len(rounds), len(STRENGTHS))), []
     with (
-        tqdm(total=len(choices) + len(rounds), desc=title, unit="fold", disable=not shown, leave=False) as bar,
         threadpool_limits(1),  # the cores are busy with a fold each
         Parallel(n_jobs=-1, prefer="threads", return_as="generator") as parallel,
     ):
         paths = parallel(delayed(_predict)(features, labels, fit, held, STRENGTHS) for _, fit, held in choices)
-        for (k, _, held), path in zip(choices, paths):
+        bar = tqdm(paths, title, len(choices), unit="fold", disable=len(labels) <= 1000, leave=False)
+        for path, (k, _, held) in zip(bar, choices):
             accuracy[k] += (path == labels[held]).mean(axis=1)
-            bar.update()
         best = accuracy.argmax(axis=1)
         jobs = [(train, test, STRENGTHS[: k + 1]) for (train, test, _), k in zip(rounds, best)]
-        predicted = []
-        for path in parallel(delayed(_predict)(features, labels, *job) for job in jobs):
-            predicted.append(path[-1])
-            bar.update()
-    items = np.concatenate([test for _, test, _ in rounds])
-    l2 = np.repeat([STRENGTHS[k] for k in best], [len(test) for _, test, _ in rounds])
-    order = np.argsort(items)
-    return Classified(items[order], np.concatenate(predicted)[order], l2[order])
+        for path, (_, test, strengths) in zip(parallel(delayed(_predict)(features, labels, *job) for job in jobs), jobs):
+            columns = {"item": test, "gold": labels[test], "predicted": path[-1], "l2": strengths[-1]}
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables).sort_values("item", ignore_index=True)
 
 
-def _folds(labels: np.ndarray, items: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _folds(labels: np.ndarray, items: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Stratified (items to fit, items held out); every part to fit has two classes or more."""
     counts = Counter(labels[items].tolist())
     folds = min([FOLDS, *(n for _, n in counts.most_common(2))])
@@ -121,7 +103,7 @@ def _folds(labels: np.ndarray, items: np.ndarray, seed: int) -> list[tuple[np.nd
     with warnings.catch_warnings():
         # A third class may be rarer than there are folds; then some hold none of it, as in SentEval.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(items, labels[items])
+        pairs = StratifiedKFold(folds, shuffle=True, random_state=SEED).split(items, labels[items])
         return [(items[fit], items[held]) for fit, held in pairs]
 
 
@@ -168,16 +150,15 @@ def transfer_predictions(
     """
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
     sides = ["sentence1", "sentence2"] if task in PAIR_TASKS else ["sentence1"]
-    states = encoder.encode_layers([s for side in sides for s in dataset[side]], dict.fromkeys(layers))
-    labels, splits, tables = np.array(dataset["label"]), np.array(dataset["split"]), []
+    states = encoder.encode_layers([s for side in sides for s in dataset[side]], layers)
+    tables = []
     for layer in list(states):
         features = states.pop(layer)  # so that each layer is gone when it is done
         if task in PAIR_TASKS:
             features = pair_features(*np.split(features, 2))
-        items, predicted, l2 = classify(features, labels, splits, title=f"{task}, layer {layer}")
-        columns = {"item": items, "gold": labels[items], "predicted": predicted, "l2": l2}
-        tables.append(pd.DataFrame({"task": task, "layer": layer} | columns))
-    return pd.concat(tables, ignore_index=True)
+        table = classify(features, dataset["label"][:], dataset["split"][:], title=f"{task}, layer {layer}")
+        tables.append(table.assign(task=task, layer=layer))
+    return pd.concat(tables, ignore_index=True)[["task", "layer", "item", "gold", "predicted", "l2"]]
 
 
 def stored_predictions(
@@ -192,10 +173,9 @@ def stored_predictions(
     )
 
 
-def evaluate_transfer(encoder: SentenceEncoder, tasks: Iterable[str], rows: int | None = None) -> pd.DataFrame:
-    """Scores of an encoder at its exit layer, on at most `rows` items of each split; columns as in `transfer_scores`."""
-    data = {task: cap_rows(load_transfer(task), rows, seed=0, within="split") for task in tasks}
-    return transfer_scores(pd.concat(transfer_predictions(encoder, task, dataset) for task, dataset in data.items()))
+def evaluate_transfer(encoder: SentenceEncoder, tasks: Iterable[str]) -> pd.DataFrame:
+    """Scores of an encoder at its exit layer; columns as in `transfer_scores`."""
+    return transfer_scores(pd.concat(transfer_predictions(encoder, task, load_transfer(task)) for task in tasks))
 
 
 def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -206,14 +186,14 @@ def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (layer, task), table in predictions.groupby(["layer", "task"], sort=False):
-        gold, predicted = table["gold"], table["predicted"]
-        rows.append((layer, task, "accuracy_x100", 100 * float((gold == predicted).mean()), len(table)))
+        metrics = {ACCURACY: accuracy_score(table["gold"], table["predicted"])}
         if task in PAIR_TASKS:
-            rows.append((layer, task, "f1_x100", 100 * float(f1_score(gold, predicted, zero_division=0)), len(table)))
+            metrics["f1_x100"] = f1_score(table["gold"], table["predicted"], zero_division=0)
+        rows += [(layer, task, metric, 100 * value, len(table)) for metric, value in metrics.items()]
     scores = pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
-    accuracies = scores[scores["metric"] == "accuracy_x100"].groupby("layer", sort=False)
-    average = accuracies.agg(value=("value", "mean"), items=("items", "sum")).reset_index()
-    return pd.concat([scores, average.assign(task=AVERAGE, metric="accuracy_x100")], ignore_index=True)
+    accuracies = scores[scores["metric"] == ACCURACY].groupby("layer", sort=False, as_index=False)
+    average = accuracies.agg({"value": "mean", "items": "sum"})
+    return pd.concat([scores, average.assign(task=AVERAGE, metric=ACCURACY)], ignore_index=True)
 
 
 def bootstrap_accuracy(
@@ -224,20 +204,18 @@ def bootstrap_accuracy(
     Of an item only matters which methods are right, so a resample is one multinomial draw of these patterns.
 
     Args:
-        methods: tables from `transfer_predictions`, one layer each, over the same items in the same order.
+        methods: tables from `transfer_predictions`, one layer each. `ValueError` if they don't hold the same items in one
+            order.
 
     Returns:
         Tasks, the last of them `"Avg"`; accuracies (tasks, methods); resampled accuracies (tasks, draws, methods). Each task
         is resampled independently, and the average of a resample is that over its tasks.
-
-    Raises:
-        ValueError: the tables hold different items.
     """
     keys = ["task", "item", "gold"]
     first = methods[0].reset_index(drop=True)
     if not all(first[keys].equals(table[keys].reset_index(drop=True)) for table in methods):
         raise ValueError("The tables do not hold the same items in the same order.")
-    right = np.stack([(table["gold"] == table["predicted"]).to_numpy() for table in methods], axis=1)
+    right = np.stack([table["gold"].to_numpy() == table["predicted"].to_numpy() for table in methods], axis=1)
     tasks, values, resampled = [], [], []
     for task, index in first.groupby("task", sort=False).indices.items():
         patterns, counts = np.unique(right[index], axis=0, return_counts=True)

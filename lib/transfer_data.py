@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
-from lib.sources import DataError, DataSource, find_source, make_dataset, read_lines
+from lib.sources import DataError, DataSource, find_source, make_dataset, read_numbered
 
 TRANSFER_TASKS = ("MR", "CR", "SUBJ", "MPQA", "SST2", "TREC", "MRPC")
 SAMPLE_TASKS = ("sentiment", "subjectivity", "question_type", "paraphrase")
@@ -22,28 +22,16 @@ TRANSFER_FEATURES = Features(
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file with one example a line.
+    """A file with one example a line."""
 
-    Args:
-        path: below the source's folder.
-        rows: split -> how many examples it holds, or the several counts that are right. The first split is that of a
-            line that says none.
-        pattern: regular expression for a whole line; its groups are split, label, sentence1 and sentence2.
-        form: the same in words, for error messages.
-        label: of every line, where the line says none.
-        labels: the labels in the order of their numbers.
-        header: its first line, if that is one.
-        encoding: latin-1 where SentEval reads it so. It makes a character of every byte, so no line is ever refused.
-    """
-
-    path: str
-    rows: dict[str, tuple[int, ...]]
-    pattern: str
-    form: str
-    label: str = ""
-    labels: tuple[str, ...] = ("0", "1")
+    path: str  # below the source's folder
+    rows: dict[str, tuple[int, ...]]  # split -> how many examples, or the several counts that are right
+    pattern: str = "(?P<sentence1>.*)"  # of a whole line; groups split (else the first of rows), label, sentence1, sentence2
+    form: str = "a sentence"  # the pattern in words, for error messages
+    label: str = ""  # of every line, where the line says none
+    labels: tuple[str, ...] = ("0", "1")  # in the order of their numbers
     header: str = ""
-    encoding: str = "utf-8-sig"
+    encoding: str = "utf-8-sig"  # latin-1 where SentEval reads it so: it makes a character of every byte
 
 
 def _columns(*names: str) -> dict[str, str]:
@@ -53,8 +41,10 @@ def _columns(*names: str) -> dict[str, str]:
 
 def _two_classes(first: str, rows_first: int, second: str, rows_second: int) -> tuple[TextFile, TextFile]:
     """Label 1 is that of the first file. A line is a sentence, also where it is empty (CR has 4 such, MPQA 3)."""
-    plain = functools.partial(TextFile, pattern="(?P<sentence1>.*)", form="a sentence", encoding="latin-1")
-    return plain(first, {"all": (rows_first,)}, label="1"), plain(second, {"all": (rows_second,)}, label="0")
+    return (
+        TextFile(first, {"all": (rows_first,)}, label="1", encoding="latin-1"),
+        TextFile(second, {"all": (rows_second,)}, label="0", encoding="latin-1"),
+    )
 
 
 _SST = functools.partial(TextFile, **_columns("sentence1", "label"))
@@ -108,18 +98,15 @@ def load_transfer(task: str, source: DataSource | None = None) -> Dataset:
     """Load the labelled sentences of a transfer task, all splits of it.
 
     Args:
-        task: one of `transfer_tasks(source)`.
-        source: from `find_source`, which is asked if it is None.
+        task: one of `transfer_tasks(source)`. source: from `find_source`, which is asked if it is None.
 
     Returns:
-        A `Dataset` with the columns split (str: "all", or "train", "dev", "test" as far as the task has them), sentence1,
-        sentence2 (str, as in the file; sentence2 is "" but for pairs) and label (int64), which carries its `provenance`.
-        The labels are SentEval's: 1 is positive, objective or a paraphrase; question types are numbered by alphabet. In
-        the sample's subjectivity, 1 is subjective.
+        Columns split (str: "all", or "train", "dev", "test" as far as the task has them), sentence1, sentence2 (str, as in
+        the file; sentence2 is "" but for pairs) and label (int64), with `provenance`. The labels are SentEval's: 1 is
+        positive, objective or a paraphrase; question types are numbered by alphabet. In the sample's subjectivity, 1 is
+        subjective.
 
-    Raises:
-        ValueError: the source has no such task.
-        DataError: a file is missing, short or malformed.
+    Raises `ValueError` if the source has no such task, `DataError` if a file is missing, short or malformed.
     """
     source = source or find_source()
     tasks = transfer_tasks(source)
@@ -133,25 +120,19 @@ def load_transfer(task: str, source: DataSource | None = None) -> Dataset:
 
 def _read_examples(folder: Path, file: TextFile, hashes: dict[str, str]) -> list[dict]:
     """The examples of one file, as dicts with the keys of `TRANSFER_FEATURES`. Adds to `hashes`. Raises `DataError`."""
-    path = folder / file.path
-    lines = read_lines(folder, file.path, hashes, file.encoding)
-    if file.header and lines[:1] != [file.header]:
-        raise DataError(f"{path}, line 1: expected the header {file.header!r}.")
     rows = []
-    for number, line in enumerate(lines, 1):
-        if number == 1 and file.header:
-            continue
+    for where, line in read_numbered(folder, file.path, hashes, file.header, file.encoding):
         match = re.fullmatch(file.pattern, line)
         if match is None:
-            raise DataError(f"{path}, line {number}: expected {file.form}, found {line[:40]!r}.")
+            raise DataError(f"{where}: expected {file.form}, found {line[:40]!r}.")
         row = {"split": next(iter(file.rows)), "sentence2": "", "label": file.label} | match.groupdict()
         for key, known in (("split", file.rows), ("label", file.labels)):
             if row[key] not in known:
-                raise DataError(f"{path}, line {number}: expected the {key} {' or '.join(known)}, found {row[key][:20]!r}.")
+                raise DataError(f"{where}: expected the {key} {' or '.join(known)}, found {row[key][:20]!r}.")
         rows.append(row | {"label": file.labels.index(row["label"])})
+    found = Counter(row["split"] for row in rows)
     for split, right in file.rows.items():
-        found = sum(row["split"] == split for row in rows)
-        if found not in right:
-            expected = " or ".join(map(str, right))
-            raise DataError(f"{path}: found {found} examples for the split {split!r}, expected {expected}.")
+        if found[split] not in right:
+            counts = f"found {found[split]} examples for the split {split!r}, expected {' or '.join(map(str, right))}"
+            raise DataError(f"{folder / file.path}: {counts}.")
     return rows

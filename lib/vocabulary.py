@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-
-# English words that say little on their own (closed classes: articles, pronouns, prepositions, conjunctions, auxiliaries), and
-# the endings that tokenizers cut off.
+# English words that say little on their own (closed classes), and the endings that tokenizers cut off.
 FUNCTION_WORDS = frozenset("""
     a an the this that these those some any each every no not all both either neither such here there
-    i me my mine you your yours he him his she her hers it its we us our ours they them their theirs who whom whose which what
-    myself yourself himself herself itself ourselves themselves someone something anyone anything
+    i me my mine you your yours he him his she her hers it its we us our ours they them their theirs
+    who whom whose which what myself yourself himself herself itself ourselves themselves someone something anyone anything
     in on at by for with from to of about into onto over under between through during before after above below up down out
     off against among around behind beside near toward towards upon within without across along as than like via per
     and or but nor so yet if while because although though until unless since when where why how whether
-    be am is are was were been being do does did done doing have has had having will would shall should can could may might must
-    also just only too very then now again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
+    be am is are was were been being do does did done doing have has had having will would shall should can could may might
+    must also just only too very then now again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
 """.split())
 
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Which vocabulary entries are the same token, and which do not count. A rule makes a new vocabulary.
+    """Which vocabulary entries are the same token, and which do not count.
 
-    Entries that do not count leave both the text and the ranking. Entries that are the same share one token, which stands in
-    the ranking once, where its best entry stands.
+    Entries that do not count leave both the text and the ranking. A token stands in the ranking once, where its best entry
+    stands.
 
     Args:
         special: whether special tokens (such as a text's first `<s>`) count.
@@ -57,9 +56,9 @@ OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
 
 @lru_cache(maxsize=16)
 def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
-    """The token each of the `size` vocabulary entries is under a rule, int64 (size,), read-only.
+    """The token of each of the `size` vocabulary entries: the smallest id of its entries, -1 if it does not count.
 
-    A token goes by the smallest id of its entries; -1 stands for entries that do not count.
+    int64 (size,), read-only.
     """
     first: dict[str, int] = {}
     classes = np.arange(size)
@@ -73,8 +72,8 @@ def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
         if rule.merge_space or rule.merge_case:
             classes[i] = first.setdefault(text.lower() if rule.merge_case else text, i)
     if not rule.special:
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-        classes[[i for i in special if i < size]] = -1
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        classes[[i for i in added.union(tokenizer.all_special_ids) if i < size]] = -1
     classes.flags.writeable = False
     return classes
 
@@ -82,8 +81,7 @@ def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
     """What vocabulary entries stand for, with their leading space.
 
-    An entry that is only a part of a character, and a row of the unembedding that no token belongs to, come back as
-    `<id 123>`, so that different entries never look the same.
+    A part of a character, and a row of the unembedding that no token belongs to, come back as `<id 123>`.
     """
     ids = [int(i) for i in ids]
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
@@ -98,8 +96,7 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
 def visible(text: str) -> str:
     """A token for display: its leading spaces as `␣`, line breaks and other invisible characters as escapes."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    spaces = len(shown) - len(shown.lstrip(" "))
-    return "␣" * spaces + shown[spaces:]
+    return re.sub("^ +", lambda spaces: "␣" * len(spaces[0]), shown)
 
 
 def text_tokens(tokenizer, texts: Sequence[str], classes: np.ndarray) -> list[np.ndarray]:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lib.encoder import SentenceEncoder, token_batches
+from lib.batches import token_batches, token_budget
+from lib.encoder import SentenceEncoder
 from lib.forward import run_prefix, shares_prefix
 from lib.tokens import TokenRows
 
 
-def passes(encoder: SentenceEncoder, sentences: list[str], batch_size: int | None) -> list[tuple[TokenRows, list[list[int]]]]:
+def passes(
+    encoder: SentenceEncoder, sentences: list[str], batch_size: int | None
+) -> list[tuple[TokenRows, list[list[int]]]]:
     """What `encoder.encode` runs, template by template and chunk by chunk: token rows, and which of them form a batch."""
     texts, result = list(dict.fromkeys(map(encoder.prompt.prepare, sentences))), []
     for template in encoder._templates:
         for chunk in encoder.chunks(texts):
             rows = encoder._tokenize(template, chunk, mean_span=encoder.pooling != "last")
             rows.prefix *= encoder.share_prefix and shares_prefix(encoder.backbone)
-            result.append((rows, token_batches([len(row) - rows.prefix for row in rows.ids], encoder._budget, batch_size)))
+            lengths = [len(row) - rows.prefix for row in rows.ids]
+            result.append((rows, token_batches(lengths, token_budget(encoder.backbone.device), batch_size)))
     return result
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """Tokens that enter the first block, padding included, and the floating-point operations of the blocks that run."""
 
     tokens: int
@@ -65,7 +68,7 @@ class PreparedRun:
         self.prefixes = [run_prefix(encoder.backbone, head, encoder.exit_layer) if len(head) else None for head in heads]
 
     def __call__(self) -> np.ndarray:
-        """Embeddings of the distinct sentences, longest text first, template after template: float32 (all of them, hidden)."""
+        """Embeddings of the distinct sentences, longest first, template after template: float32 (all of them, hidden)."""
         layer, states = self.encoder.exit_layer, []
         for (rows, batches), prefix in zip(self.passes, self.prefixes):
             for batch in sorted(batches):

@@ -16,16 +16,37 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from lib import alignment, results
 from lib.alignment import (
-    aligned_tokens, alignment_metrics, alignment_scores, decode_logits, embedding_ranks, final_states, stored_ranks,
-    token_lines, token_ranks, top_tokens,
+    aligned_tokens,
+    alignment_metrics,
+    alignment_scores,
+    decode_logits,
+    embedding_ranks,
+    final_states,
+    stored_ranks,
+    token_lines,
+    token_ranks,
+    top_tokens,
 )
 from lib.encoder import SentenceEncoder
 from lib.plots_alignment import (
-    contribution_bars, layer_curves, scores_by_method, shift_curves, token_bars, token_labels, variation_stems,
+    contribution_bars,
+    layer_curves,
+    scores_by_method,
+    shift_curves,
+    token_bars,
+    token_labels,
+    variation_stems,
 )
 from lib.spectrum import centre, component_variation, contributions, principal_components, remove_component, shift_component
 from lib.vocabulary import (
-    CONTENT_RULE, DEFAULT_RULE, OFFICIAL_RULE, TokenRule, text_tokens, token_classes, token_texts, visible,
+    CONTENT_RULE,
+    DEFAULT_RULE,
+    OFFICIAL_RULE,
+    TokenRule,
+    text_tokens,
+    token_classes,
+    token_texts,
+    visible,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +131,7 @@ def test_chunks_of_texts_and_of_the_vocabulary_change_nothing(monkeypatch):
     whole, best = decode_logits(backbone, states), top_tokens(backbone, states, k=6)
     monkeypatch.setattr(alignment, "LOGIT_BYTES", 3 * 37 * 4)
     monkeypatch.setattr(alignment, "ROWS", 5)
-    assert [len(chunk) for chunk in alignment._logits(backbone, states)] == [3, 3, 3, 2]
+    assert [len(chunk) for chunk in alignment._logits(backbone, states, -1)] == [3, 3, 3, 2]
     np.testing.assert_allclose(decode_logits(backbone, states), whole, atol=1e-5)
     np.testing.assert_array_equal(top_tokens(backbone, states, k=6)[0], best[0])
     np.testing.assert_array_equal(best[0], np.argsort(-whole, axis=1)[:, :6])
@@ -229,12 +250,10 @@ def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
 
     backbone.tokenizer = Spelled()
     table = aligned_tokens(backbone, states, k=4, texts=["dog"])
-    assert list(table.columns) == ["text", "rank", "id", "token", "logit", "in_text"]
+    assert list(table.columns) == ["text", "id", "token", "logit", "in_text"]
     assert table["id"].tolist() == [OF_DOG, LINE, BIG_DOG, 0] and table["logit"].tolist() == [4, 3, 2, 1]
-    assert table["token"].tolist() == ["␣dog", "\\n", "Dog", "<s>"] and table["rank"].tolist() == [1, 2, 3, 4]
+    assert table["token"].tolist() == ["␣dog", "\\n", "Dog", "<s>"]
     assert table["in_text"].tolist() == [True, False, True, False]
-    exact = aligned_tokens(backbone, states, k=4, texts=["dog"], rule=OFFICIAL_RULE)
-    assert exact["in_text"].tolist() == [False, False, False, True]
     assert "in_text" not in aligned_tokens(backbone, states, k=4)
 
 
@@ -311,8 +330,8 @@ def random_runs(count=40):
 def test_intervals_equal_resampling_text_by_text():
     texts, tops = random_runs()
     runs = {run: token_ranks(top, texts) for run, top in tops.items()}
-    table = alignment_scores(runs, ks=(10,), reference="b", draws=60, seed=4)
-    weights = np.random.default_rng(4).multinomial(40, np.full(40, 1 / 40), size=60)
+    table = alignment_scores(runs, ks=(10,), reference="b", draws=60)
+    weights = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), size=60)
     drawn = {run: [] for run in tops}
     for row in weights:
         chosen = np.repeat(np.arange(40), row)
@@ -408,7 +427,7 @@ def test_variation_by_hand():
     table = component_variation(backbone, embedder, np.eye(3)[:2])
     # Changes (-1, 1, 2) and (-5, 1, -2), mean (-3, 1, 0): squared norms 6 and 30, of the mean 10.
     assert table["component"].tolist() == [1, 2]
-    np.testing.assert_allclose(table[["before", "after", "variation", "deviation"]], [[3, 0, -3, 2], [0, 1, 1, 0]])
+    np.testing.assert_allclose(table[["variation", "deviation"]], [[-3, 2], [1, 0]])
     np.testing.assert_allclose(table[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
         component_variation(backbone, embedder[:1], np.eye(3))
@@ -443,8 +462,6 @@ def test_changing_embeddings_along_components():
     np.testing.assert_allclose(shift_component(embeddings, along, -5), [[0, -3], [2, -5]], atol=1e-6)
     np.testing.assert_allclose(remove_component(embeddings, along) @ along, 0, atol=1e-6)
     np.testing.assert_allclose(remove_component(embeddings, np.array([1.0, 0.0])), [[0, 1], [0, -1]])
-    np.testing.assert_allclose(remove_component(embeddings, np.eye(2)), 0)
-    np.testing.assert_allclose(centre(embeddings), [[-1, 1], [1, -1]])
     np.testing.assert_allclose(centre(embeddings, np.array([3.0, 0.0])), [[0, 1], [2, -1]])
     np.testing.assert_array_equal(embeddings, [[3, 1], [5, -1]])
 
@@ -491,7 +508,7 @@ def test_component_figures(drawn):
     backbone = np.random.default_rng(0).normal(size=(20, 5)) + 1
     components, _ = principal_components(backbone)
     table = component_variation(backbone, shift_component(backbone, components[0], -2), components)
-    figure = drawn(variation_stems({"one": table}, "title", count=3))
+    figure = drawn(variation_stems({"one": table}, "title"))
     assert "$v_1$ = -2.00\n100% of the mean change" in figure.axes[0].texts[0].get_text()
     parts = pd.DataFrame({"token": ["a", "b"], "logit": [3.0, 2.0], "along": [4.0, 1.0], "rest": [-1.0, 1.0]})
     figure = drawn(contribution_bars({"one": parts}, "title"))

@@ -69,7 +69,7 @@ TEXTS = ["A dog runs home.", "The cat sleeps.", "Rain fell all day.", "A dog sle
 def test_shifting_by_nothing_changes_nothing_and_by_much_does(backbone):
     states = np.random.default_rng(1).normal(size=(4, 32)).astype(np.float32)
     u1 = principal_components(states)[0][0]
-    table = shift_study(backbone, {"m": states}, TEXTS, {"m": u1}, {"m": -3.0}, [0.0, 1.0, 200.0], draws=20)
+    table = shift_study(backbone, {"m": states}, TEXTS, {"m": u1}, {"m": -3.0}, [0.0, 1.0, 200.0])
     assert set(table["metric"]) == set(alignment_study.STUDIED) and set(table["amount"]) == {0.0, 1.0, 200.0}
     at = table[table["metric"] == "LAR"].set_index("amount")["value"]
     unmoved = alignment_study.embedding_ranks(backbone, states, -1, TEXTS)
@@ -92,8 +92,9 @@ def test_adjustments_are_measured_against_none(backbone):
     assert plain["STS"] == shifted["STS"] and plain["LAR"] == shifted["LAR"]
 
 
-def test_the_sample_has_texts_of_both_kinds():
-    found, missing = alignment_texts(10, source=SAMPLE)
+def test_the_sample_has_texts_of_both_kinds(monkeypatch):
+    monkeypatch.setattr("lib.alignment_texts.find_source", lambda: SAMPLE)
+    found, missing = alignment_texts(10)
     assert list(found) == ["sample STS", "sample documents"] and not missing
     assert len(found["sample STS"].texts) <= 10 and len(found["sample documents"].texts) == 10
     assert found["sample STS"].provenance["caps"] == [{"count": 5, "seed": 0}]

@@ -294,7 +294,7 @@ def test_a_model_that_cannot_share_a_prefix_says_so_and_is_run_on_whole_prompts(
     shared = tiny_backbone("llama")
     backbone = Backbone.from_model(shared.model, build_tokenizer(), name="cannot-share")
     # As a model with a cache of its own kind would: what it read from the prefix is lost.
-    monkeypatch.setattr(lib.forward._PrefixLayer, "update", lambda self, keys, values, *_, **__: (keys, values))
+    monkeypatch.setattr(lib.forward._Prefix, "update", lambda self, keys, values, *_, **__: (keys, values))
     encoder = SentenceEncoder(backbone, "prompteol", SETTINGS["tp-1-3"], exit_layer=3)
     with pytest.warns(UserWarning, match="cannot-share cannot reuse a prompt's prefix"):
         found = encoder.encode(SENTENCES)

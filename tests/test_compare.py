@@ -5,8 +5,8 @@ import pytest
 
 from lib import compare
 from lib.compare import KEYS, comparison, published
-from lib.run import choose_notebooks, parameters_of, read_profile
 from lib.results import PAPER_MODELS
+from lib.run import choose_notebooks, parameters_of, read_profile
 from lib.settings import load_settings
 
 NONE = pd.DataFrame(columns=["table", *KEYS, "variant", "explanation"], dtype=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_backbone
 
-from lib import relatedness, sources
+from lib import concepts, relatedness, sources
 from lib.alignment import decode_logits
 from lib.concepts import KINDS, load_minimal_pairs, minimal_pair_table, separation, similarity_scores, token_overlap
 from lib.data import DataError
@@ -60,12 +60,13 @@ def test_scores_of_cosine_overlap_and_both():
     assert resampled.shape == (30, 3)
 
 
-def test_what_pairs_share_and_what_changes(backbone):
+def test_what_pairs_share_and_what_changes(backbone, monkeypatch):
     pairs = pd.DataFrame({"kind": ["antonym", "role swap"], "sentence1": ["dog cat", "dog cat"], "sentence2": ["dog bird", "cat dog"]})
     encoder = SentenceEncoder(backbone, "prompteol")
     table = minimal_pair_table(encoder, backbone, pairs, k=5)
     assert np.isnan(table["changed"][1]) and 0 <= table["shared"][1] <= 1 and 0 <= table["changed"][0] <= 1
-    whole = minimal_pair_table(encoder, backbone, pairs, k=5, depth=300)
+    monkeypatch.setattr(concepts, "HIGHEST", 300)
+    whole = minimal_pair_table(encoder, backbone, pairs, k=5)
     assert whole["changed"][0] == 1 and whole["shared"].tolist() == [1, 1]  # deep enough, every token is found
 
 

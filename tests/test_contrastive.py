@@ -24,7 +24,7 @@ from lib.transfer_data import TRANSFER_FEATURES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLE = DataSource("sample", DATA / "sample")
-TINY = Training(steps=6, pairs=4, tokens=64, first_block=2, rank=4, alpha=8, learning_rate=2e-2, clean=("STS-B",))
+TINY = Training(steps=6, pairs=4, tokens=64, first_block=2, rank=4, alpha=8, learning_rate=2e-2)
 TEXTS = [
     ("A man plays the flute.", "Someone is playing a flute."), ("The market fell on Tuesday.", "Stocks lost value on Tuesday."),
     ("Children run across the snow.", "Some kids run in the snow."), ("The plane takes off.", "An aircraft leaves."),
@@ -126,27 +126,23 @@ def written_data(monkeypatch):
 
     monkeypatch.setattr(training_pairs, "load_sts", sts_rows)
     monkeypatch.setattr(training_pairs, "load_transfer", mrpc_rows)
-    return DataSource("folder", DATA)
+    monkeypatch.setattr(training_pairs, "find_source", lambda: DataSource("folder", DATA))
 
 
-def test_positive_pairs_come_from_training_parts_by_score_and_label(written_data):
-    assert positive_pairs(source=written_data).first == ["a1", "d1", "e1", "h1"]
-
-
-def test_only_the_named_evaluations_are_kept_clean(written_data):
-    pairs = positive_pairs(("STS-B", "MRPC"), written_data)
-    assert pairs.first == ["a1", "c1", "d1", "e1", "g1", "h1"]
-    assert pairs.provenance["clean"] == ["STS-B", "MRPC"]
-    assert {(d["task"], d.get("split")) for d in pairs.provenance["data"]} == {
-        ("STS-B", "train"), ("SICK-R", "train"), ("STS-B", "dev"), ("STS-B", "test"), ("MRPC", None),
+@pytest.mark.usefixtures("written_data")
+def test_positive_pairs_come_from_training_parts_by_score_and_label():
+    pairs = positive_pairs()
+    assert pairs.first == ["a1", "d1", "e1", "h1"]
+    parts = [(d["task"], d.get("split")) for d in pairs.provenance["data"]]
+    assert len(parts) == 12 and {part for part in parts if part[1] != "test"} == {
+        ("STS-B", "train"), ("SICK-R", "train"), ("STS-B", "dev"), ("SICK-R", "dev"), ("MRPC", None),
     }
-    with pytest.raises(ValueError, match="Unknown evaluation.*STS17.*choose from STS12"):
-        positive_pairs(("STS17",), written_data)
 
 
-def test_sample_pairs_are_loud_and_not_from_its_test_part():
+def test_sample_pairs_are_loud_and_not_from_its_test_part(monkeypatch):
+    monkeypatch.setattr(training_pairs, "find_source", lambda: SAMPLE)
     with pytest.warns(SampleDataWarning, match="sample data"):
-        pairs = positive_pairs(source=SAMPLE)
+        pairs = positive_pairs()
     data = load_sts("sample", "test", SAMPLE)
     test = {normalised(text) for column in ("sentence1", "sentence2") for text in data[column]}
     assert len(pairs.groups) == 24

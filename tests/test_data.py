@@ -1,23 +1,21 @@
 """`lib.data`, `lib.sources`, `lib.download`: made-up SentEval files, a loopback server as the hub, real data if there."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import os
 import re
 import tarfile
-import threading
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from fake_hub import FakeHub
 
 from lib import data, download, sources
 from lib.data import DataError, DataSource, SampleDataWarning, cap_rows, find_source, load_sts, provenance, sts_tasks
@@ -158,8 +156,6 @@ def test_unknown_names_list_what_exists(tmp_path):
         load_sts("STS-B", "validation", source)
     with pytest.raises(ValueError, match="STS12 has no split 'dev'; choose from test"):
         load_sts("STS12", "dev", source)
-    with pytest.raises(ValueError, match="Unknown kind of data 'glue'; choose from senteval"):
-        find_source("glue")
 
 
 # Provenance and subsets.
@@ -246,7 +242,7 @@ def test_the_sample_is_loud_once_and_says_what_was_tried():
     assert "because TP_HUB_UNREACHABLE is set" in message and "see data/README.md" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find_source("senteval") is source and source.is_sample
+        assert find_source() is source and source.is_sample
     assert source.label == "sample data (written for this project)"
     assert source.describe() == {"kind": "sample", "label": source.label, "where": "data/sample"}
 
@@ -289,63 +285,9 @@ GOOD_TAR = tar_of((STSB, STSB_ROW), ("SICK/readme.txt", "words"))
 NESTED_TAR = tar_of(("data/downstream/" + STSB, STSB_ROW), ("data/downstream/SICK/readme.txt", "words"))
 
 
-class FakeHub:
-    """Serves `content` as every file, says `sha256` of it, and behaves as `mode` says; `requests` is what it was asked."""
-
-    def __init__(self):
-        self.content, self.mode, self.requests = GOOD_TAR, "good", []
-        self.sha256 = hashlib.sha256(GOOD_TAR).hexdigest()
-        self.closing = threading.Event()
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                hub.requests.append((self.command, self.path))
-                if hub.mode == "hang":
-                    hub.closing.wait(60)
-                elif hub.mode == "drip":  # never silent for long enough to be a time-out of the connection
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-                    while not hub.closing.wait(0.05):
-                        self.wfile.write(b"X-Drip: drop\r\n")
-                elif hub.mode.isdigit() or (hub.mode == "GET fails" and self.command == "GET"):
-                    self.send_error(int(hub.mode) if hub.mode.isdigit() else 403)
-                else:  # a large file: the hub itself states the hash, and sends us to another host for the content
-                    away = hub.mode == "redirect" and self.path.startswith("/datasets/")
-                    self.send_response(302 if away else 200)
-                    self.send_header("X-Repo-Commit", "c" * 40)
-                    self.send_header("X-Linked-Etag", f'"{hub.sha256}"')
-                    self.send_header("X-Linked-Size", str(len(hub.content)))
-                    self.send_header("ETag", '"the hash of something else"')
-                    self.send_header("Content-Length", str(0 if away else len(hub.content)))
-                    if away:
-                        self.send_header("Location", f"{hub.url.replace('127.0.0.1', 'localhost')}/senteval.tar")
-                    self.end_headers()
-                    if self.command == "GET" and not away:
-                        self.wfile.write(hub.content)
-
-            do_GET = do_HEAD
-
-            def log_message(self, *_):
-                pass
-
-            def handle(self):
-                with contextlib.suppress(ConnectionError):  # the client gave up, as it should
-                    super().handle()
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self):
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    server = FakeHub()
+    server = FakeHub({"senteval.tar": GOOD_TAR})
     monkeypatch.delenv("TP_HUB_UNREACHABLE")
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -368,7 +310,7 @@ def downloads():
 
 @pytest.mark.parametrize("mode, content", [("good", NESTED_TAR), ("redirect", GOOD_TAR)], ids=["nested", "redirect"])
 def test_a_good_archive_is_downloaded_once_and_unpacked(hub, mode, content):
-    hub.mode, hub.content, hub.sha256 = mode, content, hashlib.sha256(content).hexdigest()
+    hub.mode, hub.files["senteval.tar"] = mode, content
     source = find_source()
     assert source == DataSource("downloads", sources.DATA / "downloads" / "senteval") and downloads() == ["senteval"]
     assert (source.path / STSB).read_text() == STSB_ROW and (source.path / "SICK" / "readme.txt").is_file()
@@ -386,18 +328,18 @@ def test_a_good_archive_is_downloaded_once_and_unpacked(hub, mode, content):
 def test_processes_that_want_the_same_archive_download_it_once(hub):
     target = sources.DATA / "downloads" / "senteval"
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: download.fetch_archive(*sources.ARCHIVES["senteval"][:2], target, "STS"), range(3)))
+        list(pool.map(lambda _: download.fetch_archive(*sources.SENTEVAL[:2], target, "STS"), range(3)))
     assert [command for command, _ in hub.requests].count("GET") == 1 and (target / STSB).is_file()
 
 
 def test_a_wrong_hash_is_reported_and_the_file_deleted(hub):
-    hub.sha256 = "0" * 64
-    assert f"SHA-256 {hashlib.sha256(GOOD_TAR).hexdigest()}, the hub states {'0' * 64}" in fall_back()
+    hub.stated["senteval.tar"] = "0" * 64
+    assert f"senteval.tar was damaged on the way and deleted: its hash is not {'0' * 64}" in fall_back()
     assert downloads() == []
 
 
 def test_an_archive_without_a_stated_hash_is_not_trusted(hub):
-    hub.sha256 = "not-a-hash"
+    hub.stated["senteval.tar"] = "not-a-hash"
     assert "the hub states no SHA-256 for senteval.tar" in fall_back()
     assert downloads() == [] and "GET" not in [command for command, _ in hub.requests]
 
@@ -420,7 +362,7 @@ def test_a_silent_hub_is_noticed_in_time_and_asked_once(hub, monkeypatch, mode):
     begin = time.monotonic()
     assert "did not answer within 0.5 seconds" in fall_back()
     assert 0.4 < time.monotonic() - begin < 10
-    sources._search.cache_clear()  # as if another kind of data were wanted
+    sources._search.cache_clear()  # as if other data were wanted
     assert "did not answer within 0.5 seconds" in fall_back() and len(hub.requests) == 1
     hub.mode = "good"
     sources.forget_sources()
@@ -460,8 +402,7 @@ UNSAFE = [
 
 @pytest.mark.parametrize("member", UNSAFE, ids=lambda member: member.name)
 def test_unsafe_archives_are_refused_whole(hub, tmp_path, member):
-    hub.content = tar_of((STSB, STSB_ROW), member)
-    hub.sha256 = hashlib.sha256(hub.content).hexdigest()
+    hub.files["senteval.tar"] = tar_of((STSB, STSB_ROW), member)
     message = fall_back()
     assert f"senteval.tar holds the unsafe member {member.name!r}; nothing was unpacked" in message
     assert downloads() == ["senteval.tar"]
@@ -473,7 +414,7 @@ OTHER_ARCHIVES = [(b"no tar at all", "ReadError"), (tar_of(("GLUE/x", "y")), "se
 
 @pytest.mark.parametrize("content, reason", OTHER_ARCHIVES, ids=["no tar", "no STS"])
 def test_an_archive_of_something_else_is_refused(hub, content, reason):
-    hub.content, hub.sha256 = content, hashlib.sha256(content).hexdigest()
+    hub.files["senteval.tar"] = content
     assert reason in fall_back()
     assert downloads() == ["senteval.tar"]
 

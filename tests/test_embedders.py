@@ -12,13 +12,19 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as token_models
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertModel, DPRContextEncoder, PreTrainedTokenizerFast,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertModel,
+    DPRContextEncoder,
+    PreTrainedTokenizerFast,
 )
 
 import lib.embedder_registry as registry
 from lib.contrastive import NAME
 from lib.download import DownloadError
-from lib.embedders import EMBEDDERS, Embedder, Format, embedder_of, embedder_table, get_embedder, load_embedder, status
+from lib.embedder_registry import EMBEDDERS, Embedder, Format, get_embedder, status
+from lib.embedders import embedder_of, embedder_table, load_embedder
 from lib.encoder import POOLINGS, SentenceEncoder
 from lib.models import ModelNotFoundError, UnsupportedModelError, load_backbone
 from lib.store import EmbeddingStore
@@ -115,7 +121,6 @@ def test_the_table_states_what_is_here_and_never_raises(monkeypatch):
     assert list(table.index) == list(EMBEDDERS)
     assert table.loc["opt_eol", "status"] == "not reachable: facebook/opt-1.3b not on this machine; the hub did not answer"
     assert table.loc["sentence_t5", "status"].startswith("not supported: needs the dense layer")
-    assert table.loc["sgpt_msmarco", "format"] == "[ {sentence} ]"
     assert table.loc["e5", "aligned"] == "no" and table.loc["opt_eol", "aligned"] == "not stated"
     with pytest.raises(ModelNotFoundError, match="opt_eol: not reachable: facebook/opt-1.3b"):
         load_embedder("opt_eol")
@@ -239,9 +244,9 @@ def test_a_tokenizer_that_closes_texts_itself_gets_no_second_closing_token(saved
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=end)
     backbone.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    encoder, _ = load_embedder(own("e5_mistral", tmp_path), **HERE, role="document")
+    encoder, _ = load_embedder(own("e5_mistral", tmp_path), **HERE)
     expected = states(backbone.model, [*backbone.tokenizer(TEXTS[0])["input_ids"], end[0][1]])[-1]
-    assert_same(encoder.encode(TEXTS[0]), torch.nn.functional.normalize(expected, dim=0))
+    assert_same(encoder.changed(role="document").encode(TEXTS[0]), torch.nn.functional.normalize(expected, dim=0))
 
 
 def test_a_bracket_that_is_no_token_is_refused(saved):
@@ -283,7 +288,7 @@ def both_sides(model, ids: list[int]) -> torch.Tensor:
 ])
 def test_bidirectional_mistral_mean_from_the_sentence_on(wide_mistral, name, role, head, tail):
     folder, model, tokenizer = wide_mistral
-    encoder, _ = load_embedder(own(name, folder, adapters=()), **HERE, role=role)
+    encoder = load_embedder(own(name, folder, adapters=()), **HERE)[0].changed(role=role)
     expected = []
     for text in TEXTS:
         row = tokenizer(head + text + tail, return_offsets_mapping=True)
@@ -362,7 +367,7 @@ def rows_of(texts):
 ])
 def test_bert_mean_over_all_tokens(berts, name, role, head):
     folder, model = berts("bert")
-    encoder, _ = load_embedder(own(name, folder), **HERE, role=role)
+    encoder = load_embedder(own(name, folder), **HERE)[0].changed(role=role)
     expected = torch.stack([states(model, row).mean(0) for row in rows_of([head + text for text in TEXTS])])
     unit = torch.nn.functional.normalize(expected, dim=1)
     assert_same(encoder.encode(TEXTS), expected if name == "contriever" else unit)

@@ -28,7 +28,8 @@ from tiny_models import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lib.encoder
-from lib.encoder import SentenceEncoder, token_batches
+from lib.batches import token_batches
+from lib.encoder import SentenceEncoder
 from lib.models import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
 from lib.prompts import PROMPTS, Prompt, clean_sentence
 from lib.store import EmbeddingStore, write_atomically

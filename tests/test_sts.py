@@ -5,8 +5,18 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
+from lib import sts
 from lib.sts import (
-    ALL, AVERAGE, bootstrap_spearman, compare_runs, cosine, describe_effects, difference_interval, score_table, spearman, sts_scores,
+    ALL,
+    AVERAGE,
+    bootstrap_spearman,
+    compare_runs,
+    cosine,
+    describe_effects,
+    difference_interval,
+    score_table,
+    spearman,
+    sts_scores,
 )
 
 
@@ -45,11 +55,12 @@ def test_score_table_is_wide():
     assert list(table.columns) == ["prompt", "variant", "layer", "A", "B", "Avg"]
 
 
-def test_bootstrap_equals_resampling_with_sorting():
+def test_bootstrap_equals_resampling_with_sorting(monkeypatch):
+    monkeypatch.setattr(sts, "CHUNK", 7)
     generator = np.random.default_rng(3)
     gold = generator.integers(0, 5, 25).astype(float)  # many ties
     methods = np.stack([gold + generator.normal(size=25), np.round(generator.normal(size=25))])
-    draws = bootstrap_spearman(gold, methods, draws=40, seed=11, chunk=7)
+    draws = bootstrap_spearman(gold, methods, draws=40, seed=11)
     generator = np.random.default_rng(11)
     expected = []
     while len(expected) < 40:

@@ -97,8 +97,7 @@ def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(m
     monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
     monkeypatch.setattr(settings, "FOLDER", tmp_path)
     monkeypatch.setattr(settings, "FIRST_PAIRS", 12)
-    search = functools.partial(settings.search, store=MemoryStore())
-    monkeypatch.setattr(settings, "search", search)
+    monkeypatch.setattr(settings, "STORE", MemoryStore())
     backbone = tiny_backbone()
     source = find_source()
     path = settings.choose(backbone, ["prompteol"], pairs=16)
@@ -110,7 +109,7 @@ def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(m
     assert written["prompts"]["metaeol"]["dev_pairs"] == 12  # eight templates: the coarse search
     # The winner has the best score of the second round, and the recorded scores are those of the encoder itself.
     data = cap_rows(load_sts("sample", "dev", source), 16, seed=0)
-    scores = search(backbone, "prompteol", data)
+    scores = settings.search(backbone, "prompteol", data)
     best = scores[scores["end"] > 0].nlargest(1, "score").iloc[0]
     line = written["prompts"]["prompteol"]
     assert line["dev_tp"] == round(best["score"], 2)

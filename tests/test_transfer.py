@@ -14,13 +14,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
 from lib import results, sources, transfer
-from lib.data import DataSource, load_transfer
+from lib.data import DataSource, cap_rows, load_transfer
 from lib.encoder import SentenceEncoder
 from lib.plots_transfer import describe_sweeps, score_table, sweep_table
 from lib.token_prepending import TokenPrepending
 from lib.transfer import (
-    AVERAGE, STRENGTHS, bootstrap_accuracy, classify, evaluate_transfer, intervals, pair_features, stored_predictions,
-    transfer_predictions, transfer_scores,
+    AVERAGE,
+    STRENGTHS,
+    bootstrap_accuracy,
+    classify,
+    evaluate_transfer,
+    intervals,
+    pair_features,
+    stored_predictions,
+    transfer_predictions,
+    transfer_scores,
 )
 from tests.tiny_models import tiny_backbone
 
@@ -60,7 +68,7 @@ def test_train_and_test_against_plain_scikit_learn(classes, width):
                  StratifiedKFold(10, shuffle=True, random_state=1111).split(train, labels[train])])
         for s in STRENGTHS
     ]
-    assert (found.items == test).all() and len(set(found.l2)) == 1
+    assert (found["item"] == test).all() and len(set(found.l2)) == 1
     chosen = STRENGTHS.index(found.l2[0])
     assert held_out[chosen] >= max(held_out) - 1 / 120  # but for an item at the very border
     # Neither fit is exact, so items at a border between classes may fall on either side.
@@ -89,13 +97,13 @@ def test_dev_chooses_the_strength():
     train, dev = np.arange(200), np.arange(200, 400)
     accuracy = [(by_hand(features, labels, train, dev, s) == labels[dev]).mean() for s in STRENGTHS]
     assert len(set(accuracy)) > 1 and found.l2[0] == STRENGTHS[int(np.argmax(accuracy))]
-    assert (found.items == np.arange(400, 460)).all()
+    assert (found["item"] == np.arange(400, 460)).all()
 
 
 def test_nested_folds_test_every_item_once_by_a_classifier_that_has_not_seen_it():
     features, labels = blobs(120, 6, distance=8.0)
     found = classify(features, labels, parts(all=120))
-    assert (found.items == np.arange(120)).all() and (found.predicted == labels).mean() > 0.95
+    assert (found["item"] == np.arange(120)).all() and (found.predicted == labels).mean() > 0.95
     noise = np.random.default_rng(1).normal(size=(120, 300))  # wide enough to learn any labels by heart
     shuffled = np.random.default_rng(2).integers(0, 2, 120)
     assert 0.3 < (classify(noise, shuffled, parts(all=120)).predicted == shuffled).mean() < 0.7
@@ -160,7 +168,7 @@ def test_accuracy_is_near_that_of_sentevals_own_classifier(classes, scale, one_t
         fits.append((classifier.fit(x["train"], y["train"], x["dev"], y["dev"]), classifier.accuracy(x["test"], y["test"])))
     theirs = 100 * max(fits, key=lambda fit: fit[0])[1]
     found = classify(features, labels, splits)
-    ours = 100 * (found.predicted == labels[found.items]).mean()
+    ours = 100 * (found.predicted == labels[found["item"]]).mean()
     assert 100 / classes + 15 < theirs < 97  # so that there is something to tell apart
     # With four classes and few items to train on, stopping early regularises more than our strongest L2: 0.9 to 1.3 points.
     assert ours == pytest.approx(theirs, abs=0.7 if classes == 2 else 1.5)
@@ -172,8 +180,8 @@ def test_a_rare_class_is_no_obstacle_and_no_warning():
     labels[7] = 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(classify(features, labels, parts(train=50, test=10)).items) == 10
-        assert len(classify(features[:30], labels[:30], parts(all=30)).items) == 30
+        assert len(classify(features, labels, parts(train=50, test=10))) == 10
+        assert len(classify(features[:30], labels[:30], parts(all=30))) == 30
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -300,7 +308,8 @@ def test_sample_tasks_at_several_layers(task, tested, stored, one_thread):
 
 
 def test_evaluate_transfer_on_few_rows(monkeypatch, one_thread):
-    monkeypatch.setattr(transfer, "load_transfer", lambda task: load_transfer(task, SAMPLE))
-    scores = evaluate_transfer(SentenceEncoder(tiny_backbone(), exit_layer=2), ["sentiment", "paraphrase"], rows=20)
+    few = {task: cap_rows(load_transfer(task, SAMPLE), 20, seed=0, within="split") for task in ("sentiment", "paraphrase")}
+    monkeypatch.setattr(transfer, "load_transfer", few.get)
+    scores = evaluate_transfer(SentenceEncoder(tiny_backbone(), exit_layer=2), few)
     assert list(scores["task"]) == ["sentiment", "paraphrase", "paraphrase", AVERAGE] and (scores["items"][:3] == 20).all()
     assert scores["value"].between(0, 100).all() and (scores["layer"] == 2).all()

@@ -116,7 +116,7 @@ def build_tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:
 def tiny_backbone(family: str = "llama", tokenizer: str = "bytes") -> Backbone:
     """A random model of a family, float32, the same in every run. Shared by all tests: nothing may change it."""
     kind, options = FAMILIES[family]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **options))
     randomise(model)
     return Backbone.from_model(model, build_tokenizer(tokenizer), name=f"tiny-{family}")
 

@@ -1,0 +1,117 @@
+"""The committed notebooks: thin, clean, made by the code that they show, and without a sentence of any evaluation set."""
+
+import functools
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lib.publish import code_hash, describe
+from lib.store import ROOT
+from lib.token_prepending import TokenPrepending
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+WORDS = 8
+
+
+@functools.cache
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list:
+    return [c for c in read(path).cells if c.cell_type == "code"]
+
+
+@each_notebook
+def test_thin(path):
+    bootstrap, *cells = code_cells(path)
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    assert sum(len(c.source.splitlines()) for c in cells) <= 160
+
+
+@each_notebook
+def test_clean(path):
+    notebook, text = read(path), path.read_text()
+    nbformat.validate(notebook)
+    assert len(text.encode()) < 600_000
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "run"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    for trace in ('"papermill"', "widget-view", "/home/", "/root/", "/tmp/", "/work/", "/Users/", str(ROOT)):
+        assert trace not in text, trace
+
+
+@each_notebook
+def test_executed_in_order_without_errors(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    tables = [output for output in outputs if {"text/markdown", "text/html"} & set(output.get("data", {}))]
+    assert tables, "tables are text that a reader's browser shows"
+
+
+@each_notebook
+def test_the_outputs_are_those_of_the_code(path):
+    """If this fails, run `./run_all.sh default NN --publish`: the notebook's code was changed after its outputs were made."""
+    assert read(path).metadata["run"]["code"] == code_hash(path)
+
+
+@each_notebook
+def test_begins_with_question_answer_and_run_and_ends_with_what_is_next(path):
+    head, run, *_, last = read(path).cells
+    for part in ("# ", "colab-badge.svg", "**Question.**", "**Answer"):
+        assert part in head.source, part
+    assert run.source == describe(read(path).metadata["run"])
+    assert "minutes and" in run.source, "time and memory"
+    assert last.cell_type == "markdown" and "## Next" in last.source
+
+
+def test_how_tp_works_in_40_lines_is_the_real_code():
+    shown = [o.data["text/markdown"] for c in code_cells(NOTEBOOKS[0]) for o in c.outputs if "def attach(" in str(o.get("data"))]
+    [lines] = [re.search(r"```python\n(.*)\n```", text, re.S)[1].splitlines() for text in shown]
+    assert len(lines) <= 40
+    real = "\n".join(inspect.cleandoc(inspect.getsource(part)) for part in (TokenPrepending.attach, TokenPrepending.insert))
+    assert lines == real.splitlines()
+
+
+def grams(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    return [" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)]
+
+
+def shown_texts() -> dict[str, str]:
+    """All text that the repository shows of its results: notebook outputs, tables and their provenance."""
+    texts = {}
+    for path in NOTEBOOKS:
+        data = [{k: v for k, v in o.get("data", {}).items() if k != "image/png"} | {"t": o.get("text", "")}
+                for c in code_cells(path) for o in c.outputs]
+        texts[path.name] = json.dumps(data, ensure_ascii=False)
+    for path in (ROOT / "figures").rglob("*"):
+        if path.suffix in (".csv", ".md", ".json"):
+            texts[str(path.relative_to(ROOT))] = path.read_text()
+    return texts
+
+
+def test_no_sentence_of_an_evaluation_set_is_shown():
+    """No eight words in a row are those with which a line of the real data goes on from any of its columns."""
+    folder = os.environ.get("TP_DATA_DIR")
+    if not folder:
+        pytest.skip("TP_DATA_DIR is not set: no real data to compare with")
+    shown = {gram: name for name, text in shown_texts().items() for gram in grams(text)}
+    own = {gram for path in (ROOT / "data" / "sample").rglob("*.*") for gram in grams(path.read_text())}
+    checked = 0
+    for path in Path(folder).expanduser().rglob("*"):
+        if path.is_file() and path.suffix in (".txt", ".csv", ".tsv", ".jsonl", ".pos", ".neg", ".label", ".train", ".test", ".all"):
+            for line in path.read_text(encoding="latin-1").splitlines():
+                for field in re.split(r'\t|": "', line):
+                    for gram in grams(field)[:1]:
+                        checked += 1
+                        assert gram not in shown or gram in own, f"{shown[gram]} shows {gram!r} of {path.name}"
+    assert checked > 10_000
