@@ -162,12 +162,12 @@ def execute(path: Path, parameters: dict, output: Path) -> Outcome:
 def write_record(file: Path, path: Path, parameters: dict, outcome: Outcome, data: str) -> None:
     """What `lib.publish` says of this run: what was run, on which data, and what it took.
 
-    Time and memory are those of the last run that reused nothing, as long as the notebook is the same.
+    Time and memory are those of the last run with --fresh, as long as the notebook is the same.
     """
     code = code_hash(path)
     before = json.loads(file.read_text()) if file.exists() else {}
     took = {"seconds": round(outcome.seconds), "peak_gb": outcome.peak_gb, "processors": os.cpu_count()}
-    if outcome.reused:
+    if "TP_FRESH_SINCE" not in os.environ:
         took = before["took"] if before.get("code") == code else None
     record = {"code": code, "parameters": parameters, "data": data, "date": time.strftime("%Y-%m-%d"), "took": took}
     write_atomically(file, json.dumps(record, indent=1).encode())

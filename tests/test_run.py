@@ -75,7 +75,8 @@ def test_usage_errors_exit_with_2(project, capfd):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_run_and_publish(project, capfd):
+def test_run_and_publish(project, monkeypatch, capfd):
+    monkeypatch.setenv("TP_FRESH_SINCE", "0")  # as --fresh sets it
     assert runner.main(["tiny", "00", "-p", "seed", "9", "--publish"]) == 0
     published = nbformat.read(project / "notebooks" / "00_first.ipynb", as_version=4)
     code = [c for c in published.cells if c.cell_type == "code"]
@@ -93,17 +94,20 @@ def test_run_and_publish(project, capfd):
     assert "00_first" in capfd.readouterr().out
 
 
-def test_the_record_keeps_the_cost_of_the_last_run_that_reused_nothing(project):
+def test_the_record_keeps_the_cost_of_the_last_fresh_run(project, monkeypatch):
     notebook, file = project / "notebooks" / "00_first.ipynb", project / "runs" / "00_first.json"
 
-    def record(reused, seconds):
-        runner.write_record(file, notebook, {"profile": "tiny"}, runner.Outcome("00_first", seconds, 1.5, 3, reused), "sample data")
+    def record(seconds):
+        runner.write_record(file, notebook, {"profile": "tiny"}, runner.Outcome("00_first", seconds, 1.5, 3, 0), "sample data")
         return json.loads(file.read_text())["took"]
 
-    assert record(1, 9) is None, "what a part took says nothing of the whole"
-    assert record(0, 60)["seconds"] == 60 and record(3, 9)["seconds"] == 60
+    assert record(9) is None, "what a run from the store took says nothing of the whole"
+    with monkeypatch.context() as fresh:
+        fresh.setenv("TP_FRESH_SINCE", "0")
+        assert record(60)["seconds"] == 60
+    assert record(9)["seconds"] == 60
     write_notebook(notebook, "print('another')")
-    assert record(3, 9) is None
+    assert record(9) is None
 
 
 def test_two_runs_of_a_profile_wait_for_each_other(project, capfd):
