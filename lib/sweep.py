@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
+from lib import processes
 from lib.encoder import SentenceEncoder, pool
 from lib.forward import read_states
 from lib.models import Backbone
@@ -49,7 +50,7 @@ class SweepEncoder(SentenceEncoder):
         for template in self._templates:
             for chunk in self.chunks(texts):
                 keys = {(e, n): self.encoders[e].key(template, n, chunk) for e in self.ends for n in layers}
-                if all(store.load(key) is not None for key in keys.values()):
+                if processes.from_main(lambda keys=keys: all(store.load(k) is not None for k in keys.values())):
                     continue
                 with tqdm(disable=True) as bar:
                     for place, rows in self._compute(template, chunk, layers, None, bar).items():

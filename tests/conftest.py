@@ -1,9 +1,18 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and the order in which two workers run the files."""
 
+import os
 from contextlib import contextmanager
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The smoke profile takes one of the two workers most of the time, so it starts first."""
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_and_gives_the_same(finishe
     while killed < KILLS:
         run = copy.start(*KILLED)
         try:
-            run.wait(timeout=moments.uniform(1, 12))
+            run.wait(timeout=moments.uniform(2, 15))
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.wait()
