@@ -164,8 +164,9 @@ def _load_bidirectional(embedder: Embedder, decoder: Backbone) -> Backbone:
 def _from_pretrained(loader: str, name: str, dtype: torch.dtype, device: torch.device, may_lack: str = ""):
     """Model, tokenizer, revision. Refuses a checkpoint that lacks weights, other than those that begin with `may_lack`."""
     try:
-        model, info = getattr(transformers, loader).from_pretrained(name, dtype=dtype, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+        model, info = getattr(transformers, loader).from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"Cannot load {name!r}: {error}") from error
     missing = [key for key in info["missing_keys"] if not (may_lack and key.startswith(may_lack))]

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lib import download, sources
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -42,3 +44,17 @@ def smollm2():
             return load_backbone("smollm2", dtype="float32", device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(f"The embedded model is not here: {error}")
+
+
+@pytest.fixture
+def no_data(monkeypatch, tmp_path):
+    """No source known, no data but the sample, and a hub that is not asked."""
+    for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
+    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
+    sources.forget_sources()
+    yield
+    sources.forget_sources()

@@ -37,17 +37,8 @@ from lib.sparse import (
 
 
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch, tmp_path):
-    """Each test starts with no data but the sample, and a hub that is not asked."""
-    for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
-    sources.forget_sources()
-    yield
-    sources.forget_sources()
+def clean_slate(no_data):
+    """Each test starts without data."""
 
 
 def lines(*rows):
