@@ -96,14 +96,48 @@ def encode_set(
     return EncodedSet(data, documents, queries, decoder, encoder.exit_layer, deepest), about
 
 
-def study_settings(encoded: EncodedSet, queries: Sequence[str], ks: Iterable[int], ms: Iterable[int]) -> pd.DataFrame:
-    """nDCG@10 of every K, M and weighting on these queries (ids): columns k, m, weighting, score.
+def setting_scores(encoded: EncodedSet, queries: Sequence[str], ks: Iterable[int], ms: Iterable[int]) -> pd.DataFrame:
+    """nDCG@10 of each query (rows, by id) under every setting (columns k, m, weighting).
 
     The documents of `RetrievalData.excluded` are taken out of the rankings.
     """
-    rows = []
+    columns = {}
     for k, m, (name, changes) in product(ks, ms, WEIGHTINGS.items()):
         ranking = encoded.sparse(SparseSetting(k, m, **changes), queries)
-        scores = evaluate_retrieval(ranking, encoded.data.qrels, encoded.data.excluded)
-        rows.append((k, m, name, scores["nDCG@10"].mean()))
-    return pd.DataFrame(rows, columns=["k", "m", "weighting", "score"])
+        columns[k, m, name] = by_query(ranking, encoded.data)
+    return pd.DataFrame(columns).rename_axis(columns=["k", "m", "weighting"])
+
+
+def by_query(ranking: Ranking, data: RetrievalData) -> pd.Series:
+    """nDCG@10 of each query of a ranking, by id, without the documents of `RetrievalData.excluded`."""
+    return evaluate_retrieval(ranking, data.qrels, data.excluded).set_index("query")["nDCG@10"]
+
+
+def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
+    """K, M and weighting from tables of `setting_scores`, one a set: the smallest K that reaches 95 % of the best mean, and
+    the M and weighting that are best for it."""
+    mean = pd.concat([table.mean() for table in scores], axis=1).mean(axis=1)
+    sizes = mean.index.get_level_values("k")
+    return mean[sizes == sizes[mean >= 0.95 * mean.max()].min()].idxmax()
+
+
+def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], halvings: int = 5) -> pd.DataFrame:
+    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other.
+
+    Args:
+        scores: set -> table of `setting_scores`. dense: set -> nDCG@10 by query.
+        halvings: seeded ones; each is used both ways.
+
+    Returns:
+        Columns set, halving, k, m, weighting, kept.
+    """
+    generator, rows = np.random.default_rng(0), []
+    for halving in range(halvings):
+        halves = {name: np.array_split(generator.permutation(list(table.index)), 2) for name, table in scores.items()}
+        for chosen, scored in ((0, 1), (1, 0)):
+            setting = choose_setting(table.loc[halves[name][chosen]] for name, table in scores.items())
+            for name, table in scores.items():
+                half = halves[name][scored]
+                kept = table.loc[half, setting].mean() / dense[name][half].mean()
+                rows.append((name, halving, *setting, kept))
+    return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])

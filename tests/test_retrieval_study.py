@@ -4,16 +4,18 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 from tiny_models import tiny_backbone
 
+import lib.retrieval_study
 from lib.alignment import decode_logits
 from lib.beir import load_beir
 from lib.data import DataSource
 from lib.embedder_registry import Embedder, Format
 from lib.embedders import EmbedderEncoder
 from lib.encoder import SentenceEncoder
-from lib.retrieval_study import WEIGHTINGS, EncodedSet, encode_set, study_settings
+from lib.retrieval_study import WEIGHTINGS, EncodedSet, by_query, choose_setting, cross_fitted, encode_set, setting_scores
 from lib.sources import DATA
 from lib.sparse import WEIGHTS, SparseSetting
 from lib.spectrum import principal_components
@@ -78,9 +80,44 @@ def test_without_its_first_component(encoded):
 
 
 def test_the_study_has_every_setting_once(encoded):
-    table = study_settings(encoded, encoded.data.queries["id"][:6], [8, 40], [0, 8])
-    assert len(table) == 2 * 2 * len(WEIGHTINGS) and not table.duplicated(["k", "m", "weighting"]).any()
-    assert table["score"].between(0, 1).all() and table["score"].nunique() > 1
+    queries = list(encoded.data.queries["id"][:6])
+    table = setting_scores(encoded, queries, [8, 40], [0, 8])
+    assert list(table.index) == queries and table.shape[1] == 2 * 2 * len(WEIGHTINGS) and table.columns.is_unique
+    assert 0 <= table.to_numpy().min() < table.to_numpy().max() <= 1
+    one = by_query(encoded.sparse(SparseSetting(40, 8, idf=True), queries), encoded.data)
+    assert table[40, 8, "(logit - mean) x idf"].equals(one.rename((40, 8, "(logit - mean) x idf")))
+
+
+def scores_table(columns: dict) -> pd.DataFrame:
+    return pd.DataFrame(columns, index=list("abcd")).rename_axis(columns=["k", "m", "weighting"])
+
+
+def test_the_smallest_index_that_is_good_enough_is_chosen():
+    """K = 8 is below 95 % of the best, 32 is above; of its settings the best mean of both sets wins."""
+    first = scores_table({(8, 0, "x"): 0.90, (32, 0, "x"): 0.97, (32, 8, "x"): 0.90, (128, 0, "y"): 1.0})
+    second = scores_table({(8, 0, "x"): 0.90, (32, 0, "x"): 0.95, (32, 8, "x"): 1.0, (128, 0, "y"): 1.0})
+    assert choose_setting([first, second]) == (32, 0, "x")
+    assert choose_setting([second]) == (32, 8, "x")
+
+
+def test_cross_fitting_scores_no_query_that_its_setting_was_chosen_on(monkeypatch):
+    generator = np.random.default_rng(1)
+    ids = [str(i) for i in range(21)]
+    columns = pd.MultiIndex.from_product([[8, 32], [0], ["x"]], names=["k", "m", "weighting"])
+    scores = {name: pd.DataFrame(generator.random((21, 2)), ids, columns) for name in "pq"}
+    dense = {name: pd.Series(generator.random(21) + 1, ids) for name in "pq"}
+    seen = []
+    monkeypatch.setattr(lib.retrieval_study, "choose_setting", lambda tables: seen.append(list(tables)) or (32, 0, "x"))
+    found = cross_fitted(scores, dense, halvings=3)
+    assert len(found) == 3 * 2 * 2 and len(seen) == 6
+    for row in found.itertuples():
+        chosen_on = [set(tables["pq".index(row.set)].index) for tables in seen[2 * row.halving : 2 * row.halving + 2]]
+        assert not chosen_on[0] & chosen_on[1] and chosen_on[0] | chosen_on[1] == set(ids)
+        shares = [scores[row.set].loc[sorted(on), (32, 0, "x")].mean() / dense[row.set][sorted(on)].mean() for on in chosen_on]
+        assert min(abs(row.kept - share) for share in shares) < 1e-12
+    of_p = found[(found["set"] == "p") & (found["halving"] == 0)]["kept"].tolist()
+    on_first = scores["p"].loc[seen[0][0].index, (32, 0, "x")].mean() / dense["p"][seen[0][0].index].mean()
+    assert of_p[1] == pytest.approx(on_first), "what is chosen on the first half is scored on the second"
 
 
 def test_documents_are_read_in_their_own_format(backbone, data):
