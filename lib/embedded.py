@@ -47,7 +47,16 @@ def _read_gguf(file: Path) -> tuple:
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return model, checked(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+
+
+def checked(tokenizer):
+    """The tokenizer, if it adds no token of its own: this model's does not, but before transformers 5.17 it came out of the
+    GGUF file with one before every text, which changes every score. Raises `RuntimeError`."""
+    if tokenizer("")["input_ids"]:
+        release = transformers.__version__
+        raise RuntimeError(f"transformers {release} misreads the embedded model's tokenizer; install transformers>=5.17.")
+    return tokenizer
 
 
 def _save(model, tokenizer, target: Path) -> None:

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_models import build_tokenizer
 
 from lib import results, store
-from lib.embedded import _save
+from lib.embedded import _save, checked
 from lib.store import ROOT, EmbeddingStore, write_atomically
 
 # Files of more than 4,000 bytes cannot be written here, as on a disk that is nearly full.
@@ -97,6 +98,12 @@ store.write_atomically(store.Path({str(tmp_path / "table.csv")!r}), b"new" * 100
 """
     assert run(program).returncode == -9
     assert (tmp_path / "table.csv").read_bytes() == b"old"
+
+
+def test_a_release_that_misreads_the_tokenizer_is_refused():
+    assert checked(build_tokenizer("bytes"))
+    with pytest.raises(RuntimeError, match="install transformers>=5.17"):
+        checked(build_tokenizer("bytes_bos"))
 
 
 class Unsaved:
