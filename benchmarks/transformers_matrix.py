@@ -92,7 +92,8 @@ def write_table(table: dict[str, dict[str, str]], families: list[str]) -> str:
     lines += [f"- {short[r]}: `{r.partition(': ')[2][:200]}`" for r in reasons]
     TABLE.write_text("\n".join(lines) + "\n")
     with open(TABLE.with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerows([["family", *table], *([f, *(row[f] for row in table.values())] for f in families)])
+        rows = ([family, *(row[family] for row in table.values())] for family in families)
+        csv.writer(file, lineterminator="\n").writerows([["family", *table], *rows])
     return "\n".join(lines)
 
 

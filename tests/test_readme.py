@@ -56,3 +56,9 @@ def test_it_opens_with_one_figure_and_one_table_and_then_the_two_commands():
 
 def test_the_matrix_of_releases_is_the_one_that_the_script_wrote():
     assert (ROOT / "figures" / "transformers_matrix.md").read_text().strip() in README
+
+
+def test_the_table_of_files_names_all_of_them():
+    named = set(re.findall(r"`lib/(\w+)\.py`", README))
+    modules = {path.stem for path in (ROOT / "lib").glob("*.py") if not path.stem.startswith(("__", "plots"))}
+    assert modules == named
