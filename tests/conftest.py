@@ -13,8 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """The smoke profile takes one of the two workers most of the time, so it starts first."""
-    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+    """The two long files start first, one on each worker."""
+    items.sort(key=lambda item: item.path.name not in ("test_smoke.py", "test_interrupted.py"))
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """What goes wrong on real machines: no space left, a process that dies while it writes. (Damaged files: test_results.py and
-test_encoder.py; hubs and archives: test_data.py; runs that are killed: test_smoke.py.)"""
+test_encoder.py; hubs and archives: test_data.py; runs that are killed: test_interrupted.py.)"""
 
 import errno
 import os
