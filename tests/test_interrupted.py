@@ -42,10 +42,10 @@ def test_a_run_that_is_killed_again_and_again_goes_on_and_gives_the_same(undistu
     copy, moments, killed = Copy(tmp_path, models), random.Random(0), 0
     while killed < KILLS:
         run = copy.start("01")
-        if killed % 3 == 2:
+        if killed % 4 == 3:
             wait_for_results(run, copy)
         try:
-            run.wait(timeout=moments.uniform(0, 3 if killed % 3 == 2 else 8))
+            run.wait(timeout=moments.uniform(0, 3 if killed % 4 == 3 else 8))
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.wait()
