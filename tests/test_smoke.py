@@ -25,14 +25,3 @@ def test_smoke_profile_runs_every_notebook(finished):
     tables = finished.tables()
     assert "sts_scores.csv" in tables
     assert all(b"sample data" in text for name, text in tables.items() if name.startswith("sts_") and name.endswith(".md"))
-
-
-@pytest.mark.slow
-def test_a_second_run_computes_nothing_and_gives_the_same(finished):
-    tables = finished.tables()
-    assert finished.start("04").wait() == 0, finished.log()[-3000:]
-    for name in ("04_alignment_analysis",):
-        line = [line for line in finished.log().splitlines() if line.startswith(name)][-1]  # in the summary
-        computed, reused = (int(n) for n in line.split("  ")[-1].split("/"))
-        assert computed == 0 and reused > 0, line
-    assert finished.tables() == tables
