@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.encode import PlainPath
 from lib.cost import count_flops, matmul_peak, measure, ratio_quartiles
@@ -33,9 +33,8 @@ METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
 WITH_TP = METHODS[2:]
 
 
-def random_llama(layers: int, hidden: int, heads: int, intermediate: int, device: str) -> Backbone:
+def random_llama(tokenizer, layers: int, hidden: int, heads: int, intermediate: int, device: str) -> Backbone:
     """A Llama with random bfloat16 weights, made on the device (the defaults of `main` are Llama-2-7B's shape: 13 GB)."""
-    tokenizer = load_backbone(device="cpu").tokenizer
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=intermediate, max_position_embeddings=4096,
@@ -45,19 +44,20 @@ def random_llama(layers: int, hidden: int, heads: int, intermediate: int, device
     return Backbone.from_model(model, tokenizer, f"random Llama, {layers} blocks of {hidden}", "random weights")
 
 
-def against_plain(backbone: Backbone, setting: Setting, sentences: list[str], rounds: int) -> pd.DataFrame:
+def against_reference(backbone: Backbone, setting: Setting, sentences: list[str], rounds: int) -> pd.DataFrame:
     """PromptEOL and KE with TP: our encoder and the plain path of `benchmarks.encode`, timed in turn."""
     rows = []
     for prompt in ("prompteol", "ke"):
         encoder = SentenceEncoder(backbone, prompt, setting.tp, setting.exit_layer)
-        paths = {"plain": PlainPath(encoder), "ours": encoder}
+        paths = {"reference": PlainPath(encoder), "ours": encoder}
         calls = {name: lambda path=path: path.encode(sentences) for name, path in paths.items()}
         flops = {name: count_flops(call) for name, call in calls.items()}  # also the warm-up
         seconds, peak = measure(calls, rounds), matmul_peak(backbone.dtype, backbone.device)
         for name in paths:
-            speed_up, low, high = ratio_quartiles(seconds["plain"], seconds[name])
+            speed_up, low, high = ratio_quartiles(seconds["reference"], seconds[name])
             rows.append({
-                "prompt": f"{prompt} + TP", "path": name, "speed-up": speed_up, "low": low, "high": high,
+                "prompt": f"{prompt} + TP", "path": name, "speed-up": speed_up, "lower quartile": low,
+                "upper quartile": high,
                 "TFLOP": flops[name] / 1e12, "share of peak": flops[name] / min(seconds[name]) / peak,
                 "sentences / s": len(sentences) / min(seconds[name]),
             })
@@ -70,13 +70,14 @@ def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list
     return {
         "paper": run_methods(backbone, paper_methods(METHODS, settings), few, rounds, one_by_one=True),
         "practical": run_methods(backbone, practical_methods(METHODS, settings), many, rounds, one_by_one=False),
-        "plain": against_plain(backbone, setting, many, rounds),
+        "reference": against_reference(backbone, setting, many, rounds),
     }
 
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokenizer", type=Path, help="a folder to take the tokenizer from; default: the embedded model's")
     for name, default in (("layers", 32), ("hidden", 4096), ("heads", 32), ("intermediate", 11008), ("exit", 27),
                           ("sentences", 24), ("practical-sentences", 512), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; nothing was measured")
-    backbone = random_llama(options.layers, options.hidden, options.heads, options.intermediate, options.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else load_backbone(device="cpu").tokenizer
+    backbone = random_llama(tokenizer, options.layers, options.hidden, options.heads, options.intermediate, options.device)
     setting = Setting(TokenPrepending(1, min(7, options.exit)), options.exit)
     source = find_source()
     data = load_sts("sample" if source.is_sample else "STS-B")
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> Path:
     content = {"about": about, "tables": {name: table.to_dict(orient="split", index=False) for name, table in tables.items()}}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     print(f"written: {path.name}")
-    print(tables["plain"].to_markdown(index=False, floatfmt=".2f"))
+    print(tables["reference"].to_markdown(index=False, floatfmt=".2f"))
     return path
 
 

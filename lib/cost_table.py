@@ -24,8 +24,8 @@ from lib.workload import PreparedRun, workload
 
 GPU_RESULTS = ROOT / "data" / "gpu"
 REFERENCE = "prompteol"
-VANILLA, TP = "vanilla", "TP"
-LAST, SAME, TP_EXIT = "vanilla, last layer", "vanilla, exit layer", "TP, exit layer"
+VANILLA, TP = "baseline", "TP"
+LAST, SAME, TP_EXIT = "baseline, last layer", "baseline, exit layer", "TP, exit layer"
 # Methods that are not called as their prompt is: method -> prompt, pooling.
 READ_AS = {"mean": ("none", "mean")}
 
