@@ -3,6 +3,6 @@
 # ./run_all.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")"
-source lib/environment.sh
+source lib/run/environment.sh
 ensure_environment
 exec "$PYTHON" -m lib.run "$@"

@@ -3,6 +3,6 @@
 # checks on it. Arguments go to pytest: ./run_tests.sh -k sts
 set -euo pipefail
 cd "$(dirname "$0")"
-source lib/environment.sh
+source lib/run/environment.sh
 ensure_environment
 exec "$PYTHON" -m pytest "$@"

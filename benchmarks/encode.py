@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.cost import count_flops, count_tokens, matmul_peak, measure, peak_memory, ratio_quartiles
-from lib.data import find_source, load_sts
-from lib.encoder import SentenceEncoder
-from lib.models import Backbone, load_backbone
-from lib.token_prepending import TokenPrepending
+from lib.studies.cost import count_flops, count_tokens, matmul_peak, measure, peak_memory, ratio_quartiles
+from lib.data.sts import find_source, load_sts
+from lib.core.encoder import SentenceEncoder
+from lib.core.backbone import Backbone, load_backbone
+from lib.core.token_prepending import TokenPrepending
 
 PLAIN_BATCH = 16
 TP = TokenPrepending(1, 7)

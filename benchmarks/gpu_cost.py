@@ -18,16 +18,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.encode import PlainPath
-from lib.cost import count_flops, matmul_peak, measure, ratio_quartiles
-from lib.cost_table import GPU_RESULTS, paper_methods, practical_methods, run_methods
-from lib.data import find_source, load_sts
-from lib.devices import device_name
-from lib.encoder import SentenceEncoder
-from lib.models import Backbone, load_backbone
-from lib.results import environment
-from lib.settings import Setting
-from lib.store import write_atomically
-from lib.token_prepending import TokenPrepending
+from lib.studies.cost import count_flops, matmul_peak, measure, ratio_quartiles
+from lib.studies.cost_table import GPU_RESULTS, paper_methods, practical_methods, run_methods
+from lib.data.sts import find_source, load_sts
+from lib.core.devices import device_name
+from lib.core.encoder import SentenceEncoder
+from lib.core.backbone import Backbone, load_backbone
+from lib.report.results import environment
+from lib.studies.settings import Setting
+from lib.core.store import write_atomically
+from lib.core.token_prepending import TokenPrepending
 
 METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
 WITH_TP = METHODS[2:]

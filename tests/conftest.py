@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lib import download, sources
+from lib.data import download, sources
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, the dtype of all reference numbers. Nothing may change it."""
-    from lib.models import ModelNotFoundError, load_backbone
+    from lib.core.backbone import ModelNotFoundError, load_backbone
 
     try:
         with threads(1):

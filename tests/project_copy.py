@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.store import ROOT
+from lib.core.store import ROOT
 
 
 class Copy:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import LAYERS, SPARE_TOKEN, assert_same, hook_ids, loop_states, official_ids, tiny_backbone
 
-from lib.ablation import Variant, ablations, closing_tokens
-from lib.context import attention_to_placeholder, context_dependency, mean_interval
-from lib.encoder import SentenceEncoder
-from lib.prompts import PROMPTS, SENTENCE
-from lib.token_prepending import TokenPrepending
+from lib.studies.ablation import Variant, ablations, closing_tokens
+from lib.studies.context import attention_to_placeholder, context_dependency, mean_interval
+from lib.core.encoder import SentenceEncoder
+from lib.core.prompts import PROMPTS, SENTENCE
+from lib.core.token_prepending import TokenPrepending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

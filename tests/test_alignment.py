@@ -14,8 +14,9 @@ from tokenizers import models as token_models
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from lib import alignment, results
-from lib.alignment import (
+from lib.evaluation import alignment
+from lib.report import results
+from lib.evaluation.alignment import (
     aligned_tokens,
     alignment_metrics,
     alignment_scores,
@@ -27,8 +28,8 @@ from lib.alignment import (
     token_ranks,
     top_tokens,
 )
-from lib.encoder import SentenceEncoder
-from lib.plots_alignment import (
+from lib.core.encoder import SentenceEncoder
+from lib.report.plots_alignment import (
     contribution_bars,
     layer_curves,
     scores_by_method,
@@ -37,8 +38,8 @@ from lib.plots_alignment import (
     token_labels,
     variation_stems,
 )
-from lib.spectrum import centre, component_variation, contributions, principal_components, remove_component, shift_component
-from lib.vocabulary import (
+from lib.studies.spectrum import centre, component_variation, contributions, principal_components, remove_component, shift_component
+from lib.evaluation.vocabulary import (
     CONTENT_RULE,
     DEFAULT_RULE,
     OFFICIAL_RULE,

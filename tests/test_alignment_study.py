@@ -1,4 +1,4 @@
-"""`lib.alignment_study` and `lib.alignment_texts`: the comparisons of notebook 04, on small cases with known answers."""
+"""`lib.studies.alignment_study` and `lib.data.texts`: the comparisons of notebook 04, on small cases with known answers."""
 
 import os
 
@@ -8,12 +8,12 @@ import pytest
 from datasets import Dataset
 from tiny_models import tiny_backbone
 
-from lib import alignment_study
-from lib.alignment_study import adjustments, gain_relation, shift_study, spectrum_stability
-from lib.alignment_texts import alignment_texts, pair_texts
-from lib.data import DataSource, load_sts
-from lib.sources import DATA
-from lib.spectrum import principal_components
+from lib.studies import alignment_study
+from lib.studies.alignment_study import adjustments, gain_relation, shift_study, spectrum_stability
+from lib.data.texts import alignment_texts, pair_texts
+from lib.data.sts import DataSource, load_sts
+from lib.data.sources import DATA
+from lib.studies.spectrum import principal_components
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_adjustments_are_measured_against_none(backbone):
 
 
 def test_the_sample_has_texts_of_both_kinds(monkeypatch):
-    monkeypatch.setattr("lib.alignment_texts.find_source", lambda: SAMPLE)
+    monkeypatch.setattr("lib.data.texts.find_source", lambda: SAMPLE)
     found, missing = alignment_texts(10)
     assert list(found) == ["sample STS", "sample documents"] and not missing
     assert len(found["sample STS"].texts) <= 10 and len(found["sample documents"].texts) == 10

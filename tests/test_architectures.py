@@ -25,13 +25,13 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import lib.forward
-import lib.tokens
-from lib.encoder import SentenceEncoder
-from lib.forward import read_states, run_prefix, shares_prefix
-from lib.models import Backbone, UnsupportedModelError
-from lib.prompts import PROMPTS
-from lib.token_prepending import TokenPrepending
+import lib.core.forward
+import lib.core.tokens
+from lib.core.encoder import SentenceEncoder
+from lib.core.forward import read_states, run_prefix, shares_prefix
+from lib.core.backbone import Backbone, UnsupportedModelError
+from lib.core.prompts import PROMPTS
+from lib.core.token_prepending import TokenPrepending
 
 # Short enough that the last token still sees the placeholder through a sliding window.
 SHORT = "No."
@@ -184,7 +184,7 @@ def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
     whole = max(len(prompt_ids(backbone, s, SETTINGS["tp-1-3"])) for s in SENTENCES)
     assert tokens[False] == [whole]
     prefix, rest = tokens[True]
-    assert prefix + rest == whole and prefix >= lib.tokens.MIN_PREFIX
+    assert prefix + rest == whole and prefix >= lib.core.tokens.MIN_PREFIX
 
 
 @families
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_share_a_prefix_says_so_and_is_run_on_whole_prompts(
     shared = tiny_backbone("llama")
     backbone = Backbone.from_model(shared.model, build_tokenizer(), name="cannot-share")
     # As a model with a cache of its own kind would: what it read from the prefix is lost.
-    monkeypatch.setattr(lib.forward._Prefix, "update", lambda self, keys, values, *_, **__: (keys, values))
+    monkeypatch.setattr(lib.core.forward._Prefix, "update", lambda self, keys, values, *_, **__: (keys, values))
     encoder = SentenceEncoder(backbone, "prompteol", SETTINGS["tp-1-3"], exit_layer=3)
     with pytest.warns(UserWarning, match="cannot-share cannot reuse a prompt's prefix"):
         found = encoder.encode(SENTENCES)

@@ -11,8 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib import colab
-from lib.store import ROOT
+from lib.run.__main__ import colab
+from lib.core.store import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 ADDRESS, TAG = "OWNER/token-prepending", "v1.0.0"
@@ -23,7 +23,7 @@ def first_cell(path: Path = NOTEBOOKS[0]) -> str:
 
 
 def run_cell(source: str, folder: Path, **environment) -> subprocess.CompletedProcess:
-    program = source + "\nimport lib.store\nprint('root', lib.store.ROOT, 'cwd', Path.cwd())"
+    program = source + "\nimport lib.core.store\nprint('root', lib.core.store.ROOT, 'cwd', Path.cwd())"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "COLAB_RELEASE_TAG")}
     return subprocess.run([sys.executable, "-c", program], cwd=folder, env=kept | environment, capture_output=True, text=True)
 
@@ -42,7 +42,7 @@ def test_elsewhere_the_cell_only_finds_the_project():
 
 
 def test_on_colab_it_clones_the_pinned_release_and_installs(tmp_path):
-    """A git repository in a folder stands in for the address; there, `lib.colab` writes down that it was called."""
+    """A git repository in a folder stands in for the address; there, `lib.run.colab` writes down that it was called."""
     release, target = tmp_path / "release", tmp_path / "content" / "token-prepending"
     shutil.copytree(ROOT / "lib", release / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     (release / "lib" / "colab.py").write_text("open('called', 'w').write('yes')")

@@ -1,13 +1,13 @@
-"""`python -m lib.compare`: every published number has a status, and only an unexplained difference fails."""
+"""`python -m lib.report.compare`: every published number has a status, and only an unexplained difference fails."""
 
 import pandas as pd
 import pytest
 
-from lib import compare
-from lib.compare import KEYS, comparison, published
-from lib.results import PAPER_MODELS
-from lib.run import choose_notebooks, parameters_of, read_profile
-from lib.settings import load_settings
+from lib.report import compare
+from lib.report.compare import KEYS, comparison, published
+from lib.report.results import PAPER_MODELS
+from lib.run.__main__ import choose_notebooks, parameters_of, read_profile
+from lib.studies.settings import load_settings
 
 NONE = pd.DataFrame(columns=["table", *KEYS, "variant", "explanation"], dtype=str)
 

@@ -1,4 +1,4 @@
-"""`lib.concepts`, `lib.instructions`, `lib.relatedness`: against counts by hand, the hub as a folder."""
+"""`lib.studies.concepts`, `lib.studies.instructions`, `lib.data.relatedness`: against counts by hand, the hub as a folder."""
 
 import hashlib
 from types import SimpleNamespace
@@ -10,16 +10,17 @@ import pytest
 import torch
 from tiny_models import tiny_backbone
 
-from lib import concepts, relatedness, sources
-from lib.alignment import decode_logits
-from lib.concepts import KINDS, load_minimal_pairs, minimal_pair_table, separation, similarity_scores, token_overlap
-from lib.data import DataError
-from lib.encoder import SentenceEncoder
-from lib.instructions import INSTRUCTIONS, LABEL_WORDS, TASKS, label_ids, linear_predictions, zero_shot
-from lib.plots_concepts import accuracy_by_instruction, similarity_by_kind
-from lib.relatedness import load_str2022
-from lib.token_prepending import TokenPrepending
-from lib.vocabulary import DEFAULT_RULE, token_classes
+from lib.studies import concepts
+from lib.data import relatedness, sources
+from lib.evaluation.alignment import decode_logits
+from lib.studies.concepts import KINDS, load_minimal_pairs, minimal_pair_table, separation, similarity_scores, token_overlap
+from lib.data.sts import DataError
+from lib.core.encoder import SentenceEncoder
+from lib.studies.instructions import INSTRUCTIONS, LABEL_WORDS, TASKS, label_ids, linear_predictions, zero_shot
+from lib.report.plots_concepts import accuracy_by_instruction, similarity_by_kind
+from lib.data.relatedness import load_str2022
+from lib.core.token_prepending import TokenPrepending
+from lib.evaluation.vocabulary import DEFAULT_RULE, token_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

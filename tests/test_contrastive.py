@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from tiny_models import assert_same, tiny_backbone
 
-import lib.contrastive as contrastive
-import lib.training_pairs as training_pairs
-from lib.adapters import merge_adapter, merged_backbone, read_adapter
-from lib.contrastive import Training, batches, info_nce, train
-from lib.data import STS_FEATURES, DataSource, SampleDataWarning, find_source, load_sts
-from lib.encoder import SentenceEncoder
-from lib.sources import DATA, make_dataset
-from lib.training_pairs import make_pairs, normalised, positive_pairs
-from lib.transfer_data import TRANSFER_FEATURES
+import lib.studies.contrastive as contrastive
+import lib.studies.training_pairs as training_pairs
+from lib.core.adapters import merge_adapter, merged_backbone, read_adapter
+from lib.studies.contrastive import Training, batches, info_nce, train
+from lib.data.sts import STS_FEATURES, DataSource, SampleDataWarning, find_source, load_sts
+from lib.core.encoder import SentenceEncoder
+from lib.data.sources import DATA, make_dataset
+from lib.studies.training_pairs import make_pairs, normalised, positive_pairs
+from lib.data.transfer import TRANSFER_FEATURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

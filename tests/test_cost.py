@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny_backbone
 
-from lib import cost_table as tables
-from lib.cost import (
+from lib.studies import cost_table as tables
+from lib.studies.cost import (
     OPERATIONS,
     OTHER,
     PEAK_SIZE,
@@ -26,7 +26,7 @@ from lib.cost import (
     ratio_quartiles,
     time_by_group,
 )
-from lib.cost_table import (
+from lib.studies.cost_table import (
     LAST,
     SAME,
     TP,
@@ -38,13 +38,13 @@ from lib.cost_table import (
     practical_methods,
     run_methods,
 )
-from lib.data import forget_sources
-from lib.encoder import SentenceEncoder
-from lib.plots_cost import quality_against_cost, time_ratios
-from lib.settings import Setting
-from lib.sts import sts_pairs, sts_scores
-from lib.token_prepending import TokenPrepending
-from lib.workload import PreparedRun, workload
+from lib.data.sts import forget_sources
+from lib.core.encoder import SentenceEncoder
+from lib.report.plots_cost import quality_against_cost, time_ratios
+from lib.studies.settings import Setting
+from lib.evaluation.sts import sts_pairs, sts_scores
+from lib.core.token_prepending import TokenPrepending
+from lib.studies.workload import PreparedRun, workload
 
 SENTENCES = [
     "A man is playing a large flute.", "Three children, who are cold, run across the snowy field on the street.",
@@ -251,7 +251,7 @@ def test_check_workload_agrees():
 
 
 def test_quality_is_the_sts_score_with_an_interval_around_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.results.RESULTS", tmp_path)
+    monkeypatch.setattr("lib.report.results.RESULTS", tmp_path)
     monkeypatch.setattr(tables, "STORE", None)
     generator = np.random.default_rng(0)
     words = ["man", "flute", "street", "dog", "snow", "plane", "woman", "house", "bone", "market"]
@@ -260,7 +260,7 @@ def test_quality_is_the_sts_score_with_an_interval_around_it(tmp_path, monkeypat
         "sentence1": " ".join(generator.choice(words, 4)), "sentence2": " ".join(generator.choice(words, 4)),
     } for _ in range(12)]
     data = Dataset.from_list(rows)
-    monkeypatch.setattr("lib.sts.provenance", lambda dataset: {"rows": len(dataset)})
+    monkeypatch.setattr("lib.evaluation.sts.provenance", lambda dataset: {"rows": len(dataset)})
     backbone, methods = tiny_backbone(), practical_methods(["prompteol"], SETTINGS)
     scores, provenance = tables.quality(backbone, methods, data, "T", draws=200)
     expected = [sts_scores(sts_pairs(method.encoder(backbone), {"T": data}))["score"].iloc[0] for method in methods]
@@ -306,7 +306,7 @@ def sample_data(monkeypatch):
     forget_sources()
 
 
-@pytest.mark.filterwarnings("ignore::lib.data.SampleDataWarning")
+@pytest.mark.filterwarnings("ignore::lib.data.sts.SampleDataWarning")
 def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, sample_data, smollm2, one_thread):
     from benchmarks import gpu_cost
 

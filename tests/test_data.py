@@ -1,4 +1,4 @@
-"""`lib.data`, `lib.sources`, `lib.download`: made-up SentEval files, a loopback server as the hub, real data if there."""
+"""`lib.data.sts`, `lib.data.sources`, `lib.data.download`: made-up SentEval files, a loopback server as the hub, real data if there."""
 
 import dataclasses
 import hashlib
@@ -17,8 +17,8 @@ import pytest
 from datasets import Dataset
 from fake_hub import FakeHub
 
-from lib import data, download, sources
-from lib.data import DataError, DataSource, SampleDataWarning, cap_rows, find_source, load_sts, provenance, sts_tasks
+from lib.data import sts as data, download, sources
+from lib.data.sts import DataError, DataSource, SampleDataWarning, cap_rows, find_source, load_sts, provenance, sts_tasks
 
 STS13 = "STS/STS13-en-test/STS"
 STSB = "STS/STSBenchmark/sts-dev.csv"

@@ -20,15 +20,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import lib.embedder_registry as registry
-from lib.contrastive import NAME
-from lib.download import DownloadError
-from lib.embedder_registry import EMBEDDERS, Embedder, Format, get_embedder, status
-from lib.embedders import embedder_of, embedder_table, load_embedder
-from lib.encoder import POOLINGS, SentenceEncoder
-from lib.models import ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.store import EmbeddingStore
-from lib.token_prepending import TokenPrepending
+import lib.core.embedder_registry as registry
+from lib.studies.contrastive import NAME
+from lib.data.download import DownloadError
+from lib.core.embedder_registry import EMBEDDERS, Embedder, Format, get_embedder, status
+from lib.core.embedders import embedder_of, embedder_table, load_embedder
+from lib.core.encoder import POOLINGS, SentenceEncoder
+from lib.core.backbone import ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.store import EmbeddingStore
+from lib.core.token_prepending import TokenPrepending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,14 +27,14 @@ from tiny_models import (
 )
 from transformers import T5Config, T5ForConditionalGeneration
 
-import lib.encoder
-from lib.batches import token_batches
-from lib.encoder import SentenceEncoder
-from lib.models import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.prompts import PROMPTS, Prompt, clean_sentence
-from lib.store import EmbeddingStore, write_atomically
-from lib.token_prepending import TokenPrepending
-from lib.tokens import PromptTokenizer
+import lib.core.encoder
+from lib.core.batches import token_batches
+from lib.core.encoder import SentenceEncoder
+from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.prompts import PROMPTS, Prompt, clean_sentence
+from lib.core.store import EmbeddingStore, write_atomically
+from lib.core.token_prepending import TokenPrepending
+from lib.core.tokens import PromptTokenizer
 
 TP = TokenPrepending(1, 3)
 SENTENCES = [
@@ -541,7 +541,7 @@ def test_other_weights_are_another_model(backbone, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_file_is_noticed_and_computed_again(backbone, count_passes, tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(lib.encoder, "CHUNK", 3)
+    monkeypatch.setattr(lib.core.encoder, "CHUNK", 3)
     first = stored(backbone, tmp_path).encode(SENTENCES)
     files = sorted(tmp_path.rglob("*.npy"))
     assert len(files) == 2  # six distinct sentences in chunks of three
@@ -562,7 +562,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(backbone, count_passes, tm
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(backbone, count_passes, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.encoder, "CHUNK", 2)
+    monkeypatch.setattr(lib.core.encoder, "CHUNK", 2)
     hooks = hook_ids(backbone.model)
     calls = []
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from lib.store import ROOT
+from lib.core.store import ROOT
 
 STUB_PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
 # A conda or a Python that only notes what it was asked for and puts a Python that does likewise where one would be.
@@ -28,7 +28,7 @@ chmod +x "$3/bin/python"
 
 @pytest.fixture
 def project(tmp_path):
-    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "environment.yml", "lib/environment.sh"):
+    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "environment.yml", "lib/run/environment.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "stubs").mkdir()

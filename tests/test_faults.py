@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from tiny_models import build_tokenizer
 
-from lib import results, store
-from lib.embedded import _save, checked
-from lib.store import ROOT, EmbeddingStore, write_atomically
+from lib.report import results
+from lib.core import store
+from lib.core.bundled import _save, checked
+from lib.core.store import ROOT, EmbeddingStore, write_atomically
 
 # Files of more than 4,000 bytes cannot be written here, as on a disk that is nearly full.
 SMALL_DISK = """
@@ -22,7 +23,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 sys.path.insert(0, {root!r})
 import numpy as np
-from lib.store import EmbeddingStore
+from lib.core.store import EmbeddingStore
 store = EmbeddingStore({folder!r})
 store.save("small", np.ones((2, 3)))
 try:
@@ -92,7 +93,7 @@ def test_a_process_that_dies_while_it_writes_leaves_the_old_file(tmp_path):
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from lib import store
+from lib.core import store
 store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 store.write_atomically(store.Path({str(tmp_path / "table.csv")!r}), b"new" * 1000)
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project_copy import Copy
 
-from lib.store import ROOT
+from lib.core.store import ROOT
 
 KILLS = 20
 

@@ -1,4 +1,4 @@
-"""`lib.mteb_encoder`: mteb's score on pairs of the sample is ours, other settings are other results, no network."""
+"""`lib.core.mteb_encoder`: mteb's score on pairs of the sample is ours, other settings are other results, no network."""
 
 import dataclasses
 import importlib
@@ -11,11 +11,11 @@ import pytest
 from datasets import DatasetDict
 from tiny_models import tiny_backbone
 
-from lib.data import DataSource, cap_rows, load_sts
-from lib.encoder import SentenceEncoder
-from lib.store import ROOT
-from lib.sts import cosine, spearman
-from lib.token_prepending import TokenPrepending
+from lib.data.sts import DataSource, cap_rows, load_sts
+from lib.core.encoder import SentenceEncoder
+from lib.core.store import ROOT
+from lib.evaluation.sts import cosine, spearman
+from lib.core.token_prepending import TokenPrepending
 
 mteb = pytest.importorskip("mteb", minversion="2", reason='mteb is optional: pip install "mteb>=2,<3"')
 
@@ -23,7 +23,7 @@ from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.models import EncoderProtocol  # noqa: E402
 
-from lib.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
+from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
 PAIRS, COMMIT = 40, "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 SETTINGS = {
@@ -170,6 +170,6 @@ def test_a_folder_is_known_by_its_name_and_weights(backbone, monkeypatch, tmp_pa
 def test_without_mteb_the_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mteb"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "lib.mteb_encoder")
+    monkeypatch.delitem(sys.modules, "lib.core.mteb_encoder")
     with pytest.raises(ImportError, match='pip install "mteb>=2,<3"'):
-        importlib.import_module("lib.mteb_encoder")
+        importlib.import_module("lib.core.mteb_encoder")

@@ -10,9 +10,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib.publish import code_hash, describe
-from lib.store import ROOT
-from lib.token_prepending import TokenPrepending
+from lib.run.publish import code_hash, describe
+from lib.core.store import ROOT
+from lib.core.token_prepending import TokenPrepending
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

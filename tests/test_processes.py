@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_models import tiny_backbone
 
-from lib import processes
-from lib.encoder import SentenceEncoder
-from lib.store import ROOT, EmbeddingStore, write_atomically
-from lib.token_prepending import TokenPrepending
+from lib.core import processes
+from lib.core.encoder import SentenceEncoder
+from lib.core.store import ROOT, EmbeddingStore, write_atomically
+from lib.core.token_prepending import TokenPrepending
 
 SENTENCES = [f"{'The plane takes off, ' * (i % 5)}number {i}." for i in range(40)]
 
@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import pandas as pd
 from test_processes import SENTENCES, encoder
-from lib import processes, results
+from lib.core import processes
+from lib.report import results
 folder = Path({folder!r})
 results.RESULTS = folder / "results"
 first = encoder(folder / "store").encode(SENTENCES, batch_size=3)

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import HIDDEN, assert_same, build_tokenizer, tiny_backbone
 
-from lib import beir, relatedness
-from lib.beir import BeirSet, load_beir
-from lib.data import STS_FILES, DataError, DataSource, load_sts, load_transfer
-from lib.encoder import SentenceEncoder
-from lib.prompts import PROMPTS
-from lib.token_prepending import TokenPrepending
-from lib.tokens import PromptTokenizer
-from lib.transfer_data import TRANSFER_FILES, TRANSFER_TASKS
+from lib.data import retrieval as beir, relatedness
+from lib.data.retrieval import BeirSet, load_beir
+from lib.data.sts import STS_FILES, DataError, DataSource, load_sts, load_transfer
+from lib.core.encoder import SentenceEncoder
+from lib.core.prompts import PROMPTS
+from lib.core.token_prepending import TokenPrepending
+from lib.core.tokens import PromptTokenizer
+from lib.data.transfer import TRANSFER_FILES, TRANSFER_TASKS
 
 TP = TokenPrepending(1, 3)
 KINDS = ("bytes", "bytes_bos", "metaspace")

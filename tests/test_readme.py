@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from lib.store import ROOT
+from lib.core.store import ROOT
 
 README = (ROOT / "README.md").read_text()
 

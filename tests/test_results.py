@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import results
-from lib.results import compare_with_paper, read_paper, run_or_load, save_figure, save_table
+from lib.report import results
+from lib.report.results import compare_with_paper, read_paper, run_or_load, save_figure, save_table
 
 
 @pytest.fixture(autouse=True)

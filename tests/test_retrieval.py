@@ -1,4 +1,4 @@
-"""`lib.beir`, `lib.sparse`, `lib.retrieval`: made-up sets, a loopback server as the hub, values by hand, real data if there."""
+"""`lib.data.retrieval`, `lib.studies.sparse`, `lib.evaluation.retrieval`: made-up sets, a loopback server as the hub, values by hand, real data if there."""
 
 import hashlib
 import json
@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from fake_hub import FakeHub
 
-from lib import beir, download, sources, sparse
-from lib.beir import SETS, BeirSet, find_beir, hold_out, load_beir, load_beir_sets
-from lib.data import DataError, DataSource, SampleDataWarning, provenance
-from lib.plots_retrieval import cost_curves, effectiveness_bars, setting_curves
-from lib.retrieval import (
+from lib.data import retrieval as beir, download, sources
+from lib.studies import sparse
+from lib.data.retrieval import SETS, BeirSet, find_beir, hold_out, load_beir, load_beir_sets
+from lib.data.sts import DataError, DataSource, SampleDataWarning, provenance
+from lib.report.plots_retrieval import cost_curves, effectiveness_bars, setting_curves
+from lib.evaluation.retrieval import (
     METRICS,
     BM25Retriever,
     DenseRetriever,
@@ -25,7 +26,7 @@ from lib.retrieval import (
     reciprocal_rank_fusion,
     synthetic_rows,
 )
-from lib.sparse import (
+from lib.studies.sparse import (
     WEIGHTS,
     AlignedTokens,
     SparseRetriever,

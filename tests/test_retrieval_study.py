@@ -1,4 +1,4 @@
-"""`lib.retrieval_study` on the sample corpus and a tiny model: against dense numpy, and what each choice does."""
+"""`lib.studies.retrieval_study` on the sample corpus and a tiny model: against dense numpy, and what each choice does."""
 
 from dataclasses import replace
 from itertools import product
@@ -8,18 +8,18 @@ import pandas as pd
 import pytest
 from tiny_models import tiny_backbone
 
-import lib.retrieval_study
-from lib.alignment import decode_logits
-from lib.beir import load_beir
-from lib.data import DataSource
-from lib.embedder_registry import Embedder, Format
-from lib.embedders import EmbedderEncoder
-from lib.encoder import SentenceEncoder
-from lib.retrieval_study import WEIGHTINGS, EncodedSet, by_query, choose_setting, cross_fitted, encode_set, setting_scores
-from lib.sources import DATA
-from lib.sparse import WEIGHTS, SparseSetting
-from lib.spectrum import principal_components
-from lib.vocabulary import DEFAULT_RULE, text_tokens, token_classes
+import lib.studies.retrieval_study
+from lib.evaluation.alignment import decode_logits
+from lib.data.retrieval import load_beir
+from lib.data.sts import DataSource
+from lib.core.embedder_registry import Embedder, Format
+from lib.core.embedders import EmbedderEncoder
+from lib.core.encoder import SentenceEncoder
+from lib.studies.retrieval_study import WEIGHTINGS, EncodedSet, by_query, choose_setting, cross_fitted, encode_set, setting_scores
+from lib.data.sources import DATA
+from lib.studies.sparse import WEIGHTS, SparseSetting
+from lib.studies.spectrum import principal_components
+from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,7 @@ def test_cross_fitting_scores_no_query_that_its_setting_was_chosen_on(monkeypatc
     scores = {name: pd.DataFrame(generator.random((21, 2)), ids, columns) for name in "pq"}
     dense = {name: pd.Series(generator.random(21) + 1, ids) for name in "pq"}
     seen = []
-    monkeypatch.setattr(lib.retrieval_study, "choose_setting", lambda tables: seen.append(list(tables)) or (32, 0, "x"))
+    monkeypatch.setattr(lib.studies.retrieval_study, "choose_setting", lambda tables: seen.append(list(tables)) or (32, 0, "x"))
     found = cross_fitted(scores, dense, halvings=3)
     assert len(found) == 3 * 2 * 2 and len(seen) == 6
     for row in found.itertuples():

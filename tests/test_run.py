@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import run as runner
-from lib.publish import code_hash, fewer_colours, publish
+from lib.run import __main__ as runner
+from lib.run.publish import code_hash, fewer_colours, publish
 from lib.run import UsageError, choose_notebooks, parameters_of, read_profile
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from project_copy import Copy
 
-from lib.store import ROOT
+from lib.core.store import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-from lib import sts
-from lib.sts import (
+from lib.evaluation import sts
+from lib.evaluation.sts import (
     ALL,
     AVERAGE,
     bootstrap_spearman,

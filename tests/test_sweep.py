@@ -8,12 +8,12 @@ import pytest
 import yaml
 from tiny_models import FAMILIES, LAYERS, build_tokenizer, hook_ids, tiny_backbone
 
-from lib import settings
-from lib.data import cap_rows, find_source, load_sts
-from lib.encoder import SentenceEncoder
-from lib.models import Backbone
-from lib.sweep import MemoryStore, SweepEncoder, score_settings, shared_blocks
-from lib.token_prepending import TokenPrepending
+from lib.studies import settings
+from lib.data.sts import cap_rows, find_source, load_sts
+from lib.core.encoder import SentenceEncoder
+from lib.core.backbone import Backbone
+from lib.studies.sweep import MemoryStore, SweepEncoder, score_settings, shared_blocks
+from lib.core.token_prepending import TokenPrepending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +91,7 @@ def test_shared_blocks_are_those_that_run():
     assert len(runs) == shared_blocks([(1, 2), (1, 3), (1, 4)], LAYERS)[0]
 
 
-@pytest.mark.filterwarnings("ignore::lib.data.SampleDataWarning")
+@pytest.mark.filterwarnings("ignore::lib.data.sts.SampleDataWarning")
 def test_the_search_writes_settings_that_load_and_keeps_those_of_other_prompts(monkeypatch, tmp_path):
     monkeypatch.delenv("TP_DATA_DIR", raising=False)
     monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")

@@ -20,12 +20,12 @@ from tiny_models import (
     tiny_backbone,
 )
 
-from lib.encoder import SentenceEncoder
-from lib.forward import read_states
-from lib.models import Backbone
-from lib.prompts import PLACEHOLDER, PROMPTS, Prompt
-from lib.token_prepending import INITS, PLACES, TokenPrepending
-from lib.tokens import MIN_PREFIX, PromptTokenizer, shared_prefix
+from lib.core.encoder import SentenceEncoder
+from lib.core.forward import read_states
+from lib.core.backbone import Backbone
+from lib.core.prompts import PLACEHOLDER, PROMPTS, Prompt
+from lib.core.token_prepending import INITS, PLACES, TokenPrepending
+from lib.core.tokens import MIN_PREFIX, PromptTokenizer, shared_prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

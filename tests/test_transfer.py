@@ -13,12 +13,14 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from lib import results, sources, transfer
-from lib.data import DataSource, cap_rows, load_transfer
-from lib.encoder import SentenceEncoder
-from lib.plots_transfer import describe_sweeps, score_table, sweep_table
-from lib.token_prepending import TokenPrepending
-from lib.transfer import (
+from lib.report import results
+from lib.data import sources
+from lib.evaluation import transfer
+from lib.data.sts import DataSource, cap_rows, load_transfer
+from lib.core.encoder import SentenceEncoder
+from lib.report.plots_transfer import describe_sweeps, score_table, sweep_table
+from lib.core.token_prepending import TokenPrepending
+from lib.evaluation.transfer import (
     AVERAGE,
     STRENGTHS,
     bootstrap_accuracy,

@@ -1,4 +1,4 @@
-"""`lib.transfer_data`: files written for the test in SentEval's formats, the sample, the real data if there is any."""
+"""`lib.data.transfer`: files written for the test in SentEval's formats, the sample, the real data if there is any."""
 
 import dataclasses
 import hashlib
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from datasets import Value
 
-from lib import sources
-from lib.data import TRANSFER_TASKS, DataError, DataSource, cap_rows, load_transfer, provenance, transfer_tasks
-from lib.transfer_data import SAMPLE_TASKS, TRANSFER_FILES
+from lib.data import sources
+from lib.data.sts import TRANSFER_TASKS, DataError, DataSource, cap_rows, load_transfer, provenance, transfer_tasks
+from lib.data.transfer import SAMPLE_TASKS, TRANSFER_FILES
 
 SAMPLE = DataSource("sample", sources.ROOT / "data" / "sample")
 REAL = os.environ.get("TP_DATA_DIR")

@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib.models import Backbone
-from lib.prompts import PLACEHOLDER, PROMPTS
+from lib.core.backbone import Backbone
+from lib.core.prompts import PLACEHOLDER, PROMPTS
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 400

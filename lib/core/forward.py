@@ -1,0 +1,120 @@
+"""Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from transformers import Cache, DynamicCache
+
+from lib.core.hooks import block_input, safe_float16
+from lib.core.backbone import Backbone
+
+Reader = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Stop(Exception):
+    """Raised by our own hook to end a forward pass; each pass catches only its own instance."""
+
+
+@torch.inference_mode()
+def read_states(
+    backbone: Backbone,
+    input_ids: torch.Tensor,
+    layers: Iterable[int],
+    read: Reader = lambda states: states,
+    prefix: Cache | None = None,
+    **inputs,
+) -> dict[int, torch.Tensor]:
+    """One forward pass that keeps `read(state)` for each layer asked for and stops after the last of them.
+
+    Args:
+        input_ids: int64 (batch, tokens). Pad on the right: under causal attention that needs no mask.
+        layers: state indices 0..num_layers in Hugging Face's numbering; only num_layers is after the final norm.
+        read: takes a state (batch, tokens, hidden) and returns what to keep of it.
+        prefix: keys and values of tokens before `input_ids`, from `run_prefix`.
+        inputs: handed to the model (`attention_mask` and `position_ids` where the padding is on the left).
+
+    Returns:
+        layer -> what `read` returned.
+    """
+    wanted = sorted({backbone.layer_index(n) for n in layers})
+    last, kept, stop = wanted[-1], {}, _Stop()
+
+    def before_block(index: int, ends_here: bool):
+        def hook(_, args, kwargs):
+            kept[index] = read(block_input(args, kwargs))
+            if ends_here:
+                raise stop
+        return hook
+
+    with ExitStack() as hooks:
+        hooks.enter_context(safe_float16(backbone.layers[0], backbone.device, backbone.dtype))
+        for n in wanted:
+            if n < backbone.num_layers:
+                hook = before_block(n, ends_here=n == last)
+                hooks.callback(backbone.layers[n].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        try:
+            output = backbone.base(input_ids=input_ids, past_key_values=prefix, use_cache=prefix is not None, **inputs)
+            kept[backbone.num_layers] = read(output.last_hidden_state)
+        except _Stop as raised:
+            if raised is not stop:
+                raise
+            stop.__traceback__ = None  # its frames would keep this pass's activations alive
+    missing = set(wanted) - set(kept)
+    if missing:
+        raise RuntimeError(f"The forward pass of {backbone.name} did not reach the states {sorted(missing)}.")
+    return {n: kept[n] for n in wanted}
+
+
+class _Prefix(DynamicCache):
+    """Keys and values of a prefix: kept in its own pass, then joined to each batch's own for its attention, and never grown."""
+
+    def __init__(self):
+        super().__init__()  # without the model's config: a sliding-window layer would drop keys that a long prefix still needs
+        self.kept, self.filled = {}, False
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.filled:
+            self.kept[layer_idx] = key_states, value_states
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        batch, own = key_states.shape[0], (key_states, value_states)
+        return tuple(torch.cat([old.expand(batch, -1, -1, -1), new], dim=-2) for old, new in zip(self.kept[layer_idx], own))
+
+
+@torch.inference_mode()
+def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) -> Cache:
+    """Keys and values of `prefix_ids` (int64, tokens) in the blocks before state `last_layer`.
+
+    Under causal attention nothing after a prefix can change it, so one pass serves every text that begins with it. The
+    cache can be handed to any number of `read_states` calls: it does not grow.
+    """
+    cache = _Prefix()
+    # At least one block: models with learned positions count the prefix by the first block's keys.
+    read_states(backbone, prefix_ids[None], [max(last_layer, 1)], read=lambda states: None, prefix=cache)
+    cache.filled = True
+    return cache
+
+
+@torch.inference_mode()
+def shares_prefix(backbone: Backbone) -> bool:
+    """Whether this model gives the same states when a prefix's keys and values are reused. Checked once per model.
+
+    Warns if not: embeddings are then computed from whole prompts, which is slower and just as right.
+    """
+    if "shares_prefix" not in vars(backbone):
+        ids = torch.arange(5, 13, device=backbone.device)[None] % backbone.embeddings.weight.shape[0]
+        n = backbone.num_layers
+        whole = read_states(backbone, ids, [n])[n][:, 4:].float()
+        try:
+            joined = read_states(backbone, ids[:, 4:], [n], prefix=run_prefix(backbone, ids[0, :4], n))[n].float()
+            difference = ((joined - whole).norm() / whole.norm()).item()
+            reason = f"the states differ by {difference:.1%}"
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+        backbone.shares_prefix = difference < (1e-3 if backbone.dtype == torch.float32 else 0.1)
+        if not backbone.shares_prefix:
+            warnings.warn(f"{backbone.name} cannot reuse a prompt's prefix ({reason}); running whole prompts.", stacklevel=2)
+    return backbone.shares_prefix

@@ -1,0 +1,59 @@
+"""A `SentenceEncoder` as an encoder of mteb (version 2), so that `mteb.evaluate` can score it. mteb is needed here alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lib.core.encoder import ENCODER_CODE, SentenceEncoder
+from lib.core.store import fingerprint
+
+try:
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+except ImportError as error:
+    raise ImportError(f'lib.core.mteb_encoder needs mteb and cannot import it ({error}): pip install "mteb>=2,<3"') from error
+
+
+class MtebEncoder(AbsEncoder):
+    """What mteb's `EncoderProtocol` asks for (mteb 2.26, `mteb/models/models_protocols.py`).
+
+    The prompt is the encoder's own for every task and both sides of a pair; mteb's instructions are not used. Similarity is
+    the cosine. mteb files results by `mteb_model_meta`: name and revision (see `mteb_identity`) and `experiment_kwargs`,
+    which hold the encoder's settings as plain values and one fingerprint of all of them and of the code.
+    """
+
+    def __init__(self, encoder: SentenceEncoder):
+        name, revision = mteb_identity(encoder.backbone.name, encoder.backbone.revision, encoder.backbone.fingerprint)
+        settings = encoder.describe() | {"exit_layer": encoder.exit_layer}
+        tp = encoder.tp.describe() if encoder.tp else {}
+        tp |= {} if isinstance(tp.get("init", ""), str) else {"init": "vector"}
+        experiment = {key: settings[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
+        experiment |= {f"tp_{key}": value for key, value in tp.items()} or {"tp": "none"}
+        experiment |= {"setting": fingerprint(settings | {"code": ENCODER_CODE})}
+        self.encoder = encoder
+        overwrites = {"name": name, "revision": revision, "experiment_kwargs": experiment}
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites=overwrites)
+
+    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs) -> np.ndarray:
+        """Embed mteb's batches, dicts with a list of texts in `"text"`: float32 (texts, hidden), in their order.
+
+        `kwargs` are mteb's `encode_kwargs`: `batch_size` and what else `SentenceEncoder.encode` takes. Its batches are made
+        anew, of texts of one length. The other arguments tell of the task, and change nothing.
+
+        Raises:
+            ValueError: no texts, a batch size below 1, or a `precision` other than float32. TypeError: an unknown option.
+        """
+        if (precision := kwargs.pop("precision", "float32")) != "float32":
+            raise ValueError(f"Embeddings come in float32 only, not as precision={precision!r}.")
+        return self.encoder.encode([text for batch in inputs for text in batch["text"]], **kwargs)
+
+
+def mteb_identity(name: str, revision: str, weights: str) -> tuple[str, str]:
+    """Name and revision for mteb, which wants `organisation/name`: of a model from the hub its id and commit, of any other
+    (a folder, the embedded model) `local/` with the last part of its name, and `weights`, the fingerprint of its weights."""
+    if re.fullmatch("[0-9a-f]{40}", revision) and "/" in name:
+        return name, revision
+    return f"local/{Path(name).resolve().name}", weights
