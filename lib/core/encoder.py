@@ -1,56 +1,85 @@
-"""Sentences -> embeddings: deduplicated, sorted by length, cut into batches by tokens, no layer too many."""
+"""Sentences to embeddings: deduplicated, sorted by length, cut into batches by tokens, no layer too many."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from lib.core import processes
+from lib.core.backbone import Backbone
 from lib.core.batches import halves, is_out_of_memory, token_batches, token_budget
-from lib.core.forward import read_states, run_prefix, shares_prefix
-from lib.core.backbone import OVERFLOW, Backbone
+from lib.core.code_version import code_version
+from lib.core.forward import check_finite, run_prefix, shares_prefix
+from lib.core.pooling import Pooling, get_pooling
+from lib.core.postprocess import Normalise, Postprocess
 from lib.core.prompts import PLACEHOLDER, Prompt, get_prompt
-from lib.core.store import EmbeddingStore, code_version, fingerprint
-from lib.core.token_prepending import TokenPrepending
-from lib.core.tokens import PromptTokenizer, TokenRows
-
-POOLINGS = ("last", "mean", "weighted_mean")
+from lib.core.store import EmbeddingStore, fingerprint
+from lib.core.tokens import Batch, PromptTokenizer, TokenRows
 
 # How many sentences are encoded together and then stored: what an interrupt can cost.
 CHUNK = 2048
 
 
+class Method(Protocol):
+    """What an encoder expects of a method: something that is changed inside the forward pass."""
+
+    def templates(self, prompt: Prompt) -> tuple[str, ...]:
+        """The prompt's templates with the placeholders that the method needs. `ValueError` if the prompt does not suit."""
+
+    def check(self, backbone: Backbone) -> None:
+        """`ValueError` if the method cannot be applied to this model."""
+
+    def attach(self, backbone: Backbone, batch: Batch):
+        """A context manager: while active, forward passes on this batch run with the method. It leaves nothing behind."""
+
+    def describe(self) -> dict:
+        """The method as plain data, for provenance and fingerprints."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is computed together: the rows of one template and one chunk of texts, and which of them form a batch."""
+
+    template: str
+    rows: TokenRows
+    batches: list[list[int]]
+
+
 class SentenceEncoder:
-    """Embeddings of sentences from a frozen causal language model.
+    """Embeddings of sentences from a frozen causal language model. An encoder is four choices on a backbone.
 
     Args:
         backbone: from `load_backbone`; several encoders can share it.
         prompt: a name in `lib.core.prompts.PROMPTS`, or a `Prompt`.
-        tp: a `TokenPrepending` setting, or None for the plain model.
+        method: what is changed inside the forward pass, such as `TokenPrepending`; None is the baseline.
         exit_layer: which state is the embedding, in Hugging Face's numbering: n is the output of block n - 1, before the
             final norm; -1 (or the number of blocks) is the last block's output after it. Later blocks are not run.
-        pooling: `"last"`, `"mean"` or `"weighted_mean"`; None takes the prompt's own (`"last"` for all but Echo).
+        pooling: a `Pooling` or its name, `"last"`, `"mean"` or `"weighted_mean"`; None takes the prompt's own.
+        postprocess: what is done to finished embeddings (`lib.core.postprocess`); None leaves them as they are.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
         share_prefix: run the part of the prompt before the sentence once and not for every sentence.
         store: an `EmbeddingStore`; embeddings found there are not computed again.
 
     Raises:
-        ValueError: unknown prompt or pooling; no such layer; TP on a prompt that is not read at its last token; no TP on a
-            prompt whose template holds a placeholder.
+        ValueError: unknown prompt or pooling; no such layer; a method that does not suit the prompt or the model; no method
+            on a prompt whose template holds a placeholder.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         prompt: str | Prompt = "prompteol",
-        tp: TokenPrepending | None = None,
+        method: Method | None = None,
         exit_layer: int = -1,
-        pooling: str | None = None,
+        pooling: str | Pooling | None = None,
+        postprocess: Postprocess | None = None,
         *,
         max_length: int = 512,
         share_prefix: bool = True,
@@ -58,21 +87,26 @@ class SentenceEncoder:
     ):
         self.backbone = backbone
         self.prompt = get_prompt(prompt)
-        self.tp = tp
+        self.method = method
         self.exit_layer = backbone.layer_index(exit_layer)
-        self.pooling = pooling or self.prompt.pooling
+        self.pooling = get_pooling(pooling or self.prompt.pooling)
+        self.postprocess = postprocess
         self.max_length = min(max_length, backbone.max_length)
         self.share_prefix = share_prefix
         self.store = store
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)}.")
-        if tp is not None and self.prompt.pooling != "last":
-            raise ValueError(f"Prompt {self.prompt.name!r} is not read at its last token, so TP does not apply to it.")
-        if tp is None and any(PLACEHOLDER in template for template in self.prompt.templates):
-            raise ValueError(f"Prompt {self.prompt.name!r} holds a placeholder, so it needs TP.")
-        if tp is not None and tp.end > backbone.num_layers:
-            raise ValueError(f"TP end={tp.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
-        self._tokenize = PromptTokenizer(backbone.tokenizer, self.max_length)
+        if method:
+            method.check(backbone)
+        self.templates = method.templates(self.prompt) if method else self.prompt.templates
+        if method is None and any(PLACEHOLDER in template for template in self.templates):
+            raise ValueError(f"Prompt {self.prompt.name!r} holds a placeholder, so it needs a method that uses it.")
+        self.tokenize = PromptTokenizer(backbone.tokenizer, self.max_length, self.prompt.before, self.prompt.after)
+        choices = (self, self.pooling, *([method] if method else []))
+        self.code = code_version(*(type(choice).__module__ for choice in choices))
+
+    def changed(self, **choices) -> SentenceEncoder:
+        """The same encoder with other choices, by the names of the arguments."""
+        names = ("prompt", "method", "exit_layer", "pooling", "postprocess", "max_length", "share_prefix", "store")
+        return SentenceEncoder(self.backbone, **{name: getattr(self, name) for name in names} | choices)
 
     def encode(
         self,
@@ -102,7 +136,7 @@ class SentenceEncoder:
         states = self.encode_layers([sentences] if single else sentences, [self.exit_layer], batch_size, show_progress_bar)
         embeddings = states[self.exit_layer]
         if normalize_embeddings:
-            embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+            embeddings = Normalise()(embeddings)
         if single:
             embeddings = embeddings[0]
         return embeddings if convert_to_numpy else torch.from_numpy(embeddings)
@@ -116,91 +150,110 @@ class SentenceEncoder:
     ) -> dict[int, np.ndarray]:
         """Embed sentences at several layers in one pass: layer -> float32 (sentences, hidden).
 
-        The keys are the layers as given (a -1 stays -1). Arguments and errors as in `encode`.
+        The keys are the layers as given (a -1 stays -1). Arguments and errors as in `encode`; besides, `ValueError` for
+        another layer than the exit layer if there is a postprocess, which belongs to that layer.
         """
         sentences = _checked(sentences)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (or None), got {batch_size}.")
         index = {layer: self.backbone.layer_index(layer) for layer in layers}
+        if self.postprocess and set(index.values()) != {self.exit_layer}:
+            raise ValueError(f"The postprocess belongs to layer {self.exit_layer}, so no other layer can be read with it.")
         texts = [self.prompt.prepare(sentence) for sentence in sentences]
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         wanted, total = sorted(set(index.values())), {}
-        for template in self._templates:
+        for template in self.templates:
             for n, states in self._encode_template(template, list(position), wanted, batch_size, show_progress_bar).items():
-                total[n] = total.get(n, 0) + states / np.float32(len(self._templates))
+                total[n] = total.get(n, 0) + states / np.float32(len(self.templates))
         rows = [position[text] for text in texts]
-        return {layer: total[n][rows] for layer, n in index.items()}
-
-    @property
-    def _templates(self) -> tuple[str, ...]:
-        return self.prompt.with_placeholder(self.tp.place, self.tp.count) if self.tp else self.prompt.templates
-
-    def key(self, template: str, layer: int, texts: list[str]) -> str:
-        """Fingerprint of all that decides these embeddings. It has the template but not the prompt's name, so that CK finds
-        what CoT and KE stored, and all texts of the batch run, because in half precision neighbours decide the rounding.
-        """
-        setting = {k: v for k, v in self.describe().items() if k not in ("prompt", "templates")}
-        return fingerprint(setting | {"template": template, "layer": layer, "texts": texts, "code": ENCODER_CODE})
+        finish = self.postprocess or (lambda embeddings: embeddings)
+        return {layer: finish(total[n][rows]) for layer, n in index.items()}
 
     def describe(self) -> dict:
-        """The setting as plain data, for the provenance of a result."""
+        """The encoder as plain data, for the provenance of a result."""
         return self.backbone.describe() | {
             "prompt": self.prompt.name,
             "templates": list(self.prompt.templates),
             "cleaned": self.prompt.clean,
-            "pooling": self.pooling,
-            "tp": self.tp.describe() if self.tp else None,
+            "around": [list(self.prompt.before), list(self.prompt.after)],
+            "method": self.method.describe() if self.method else None,
+            "exit_layer": self.exit_layer,
+            **self.pooling.describe(),
+            "postprocess": self.postprocess.describe() if self.postprocess else None,
             "max_length": self.max_length,
+            "share_prefix": self.share_prefix,
         }
+
+    def key(self, template: str, layer: int, texts: list[str], batch_size: int | None) -> str:
+        """Fingerprint of all that decides these embeddings before the postprocess.
+
+        It has the template but not the prompt's name, so that CK finds what CoT and KE stored, and all texts that are
+        computed together, because in half precision neighbours decide the rounding.
+        """
+        left_out = ("prompt", "templates", "exit_layer", "postprocess")
+        choices = {name: value for name, value in self.describe().items() if name not in left_out}
+        run = {"template": template, "layer": layer, "texts": texts, "batch_size": batch_size, "code": self.code}
+        return fingerprint(choices | run)
+
+    def passes(self, sentences: Sequence[str], batch_size: int | None = None) -> list[Pass]:
+        """What `encode` computes, template by template and chunk by chunk, without the computation."""
+        texts = list(dict.fromkeys(map(self.prompt.prepare, sentences)))
+        return [self._pass(template, chunk, batch_size) for template in self.templates for chunk in chunks(texts)]
+
+    def batch(self, rows: TokenRows, indices: Sequence[int]) -> Batch:
+        """Some rows of a `Pass`, on the model's device."""
+        return rows.batch(indices, self.backbone.device)
+
+    def forward(self, batch: Batch, layers: Iterable[int], prefix=None) -> dict[int, torch.Tensor]:
+        """One batch through the model: layer -> (batch, hidden), on its device. `prefix`: from `run_prefix`, if shared."""
+        with self.method.attach(self.backbone, batch) if self.method else nullcontext():
+            return self.pooling.read(self.backbone, batch, layers, prefix)
+
+    def _pass(self, template: str, texts: list[str], batch_size: int | None) -> Pass:
+        rows = self.tokenize(template, texts, span=self.pooling.needs_span)
+        if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
+            rows.prefix = 0
+        budget = token_budget(self.backbone.device)
+        return Pass(template, rows, token_batches([len(row) - rows.prefix for row in rows.ids], budget, batch_size))
 
     def _encode_template(self, template: str, texts: list[str], layers: list[int], batch_size, show) -> dict[int, np.ndarray]:
         """Embeddings of distinct, cleaned texts in one template, chunk by chunk, from the store as far as it has them."""
         states: dict[int, list[np.ndarray]] = {n: [] for n in layers}
         show = len(texts) > 1000 if show is None else show
         with tqdm(total=len(texts), desc=self.prompt.name, unit="sentence", disable=not show, leave=False) as bar:
-            for chunk in self.chunks(texts):
+            for chunk in chunks(texts):
                 for n, rows in self._stored_or_computed(template, chunk, layers, batch_size, bar).items():
                     states[n].append(rows)
         back = np.argsort(_order(texts))
         return {n: np.concatenate(rows)[back] for n, rows in states.items()}
 
-    @staticmethod
-    def chunks(texts: list[str]) -> list[list[str]]:
-        """The distinct texts in the lists that are computed together, which depend on nothing but the texts."""
-        order = _order(texts)
-        return [[texts[i] for i in order[begin : begin + CHUNK]] for begin in range(0, len(order), CHUNK)]
-
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar) -> dict[int, np.ndarray]:
         """One chunk: all its layers from the store, or all of them computed together and stored."""
         if self.store is None:
-            return self._compute(template, texts, layers, batch_size, bar)
-        keys = {n: self.key(template, n, texts) for n in layers}
+            return self._compute(self._pass(template, texts, batch_size), layers, bar)
+        keys = {n: self.key(template, n, texts, batch_size) for n in layers}
         states = processes.from_main(lambda: {n: self.store.load(key) for n, key in keys.items()})
         if any(rows is None for rows in states.values()):
-            states = self._compute(template, texts, layers, batch_size, bar)
+            states = self._compute(self._pass(template, texts, batch_size), layers, bar)
             for n, rows in states.items():
                 self.store.save(keys[n], rows)
         return states
 
-    def _compute(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict[int, np.ndarray]:
+    def _compute(self, work: Pass, layers: list[int], bar: tqdm) -> dict[int, np.ndarray]:
         """Run the model, or of several processes each its share of the batches: layer -> float32 (texts, hidden)."""
-        rows = self._tokenize(template, texts, mean_span=self.pooling != "last")
-        prefix = None
-        if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
-            rows.prefix = 0
+        rows, prefix = work.rows, None
         if rows.prefix:
             ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
             prefix = run_prefix(self.backbone, ids, max(layers))
-        batches = token_batches([len(row) - rows.prefix for row in rows.ids], token_budget(self.backbone.device), batch_size)
-        own = batches[processes.index() :: processes.count()]
+        own = work.batches[processes.index() :: processes.count()]
         parts = processes.gather(self._run_batches(rows, own, layers, prefix, bar))
         # Not all states need be equally wide: OPT-350m projects the last one down to its embeddings' width.
-        states = {n: np.empty((len(texts), parts[0][1][n].shape[1]), np.float32) for n in parts[0][1]}
+        states = {n: np.empty((len(rows.ids), parts[0][1][n].shape[1]), np.float32) for n in parts[0][1]}
         for batch, pooled in parts:
             for n, values in pooled.items():
                 states[n][batch] = values
-        if not all(np.isfinite(pooled).all() for pooled in states.values()):
-            raise FloatingPointError(OVERFLOW.format(name=self.backbone.name, dtype=self.backbone.dtype))
+        for pooled in states.values():
+            check_finite(pooled, self.backbone.name, self.backbone.dtype)
         return states
 
     def _run_batches(self, rows: TokenRows, batches: list[list[int]], layers: list[int], prefix, bar: tqdm) -> list[tuple]:
@@ -209,7 +262,7 @@ class SentenceEncoder:
         while waiting:
             batch = waiting.pop()
             try:
-                states = self._run(rows, batch, layers, prefix)
+                states = self.forward(self.batch(rows, batch), layers, prefix)
             except RuntimeError as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     raise
@@ -222,45 +275,11 @@ class SentenceEncoder:
             bar.update(len(batch))
         return done
 
-    def _run(self, rows: TokenRows, batch: list[int], layers: list[int], prefix) -> dict[int, torch.Tensor]:
-        """One batch through the model: layer -> (batch, hidden)."""
-        ids, placeholders, first, last = self._positions(rows, batch)
-        with self.tp.attach(self.backbone, placeholders, last) if self.tp else nullcontext():
-            return read_states(self.backbone, ids, layers, lambda states: pool(states, self.pooling, first, last), prefix)
 
-    def _positions(self, rows: TokenRows, batch: list[int]) -> tuple[torch.Tensor, ...]:
-        """A batch after the shared prefix, int64: token ids (batch, tokens), placeholders (batch, count) or None without TP,
-        first pooled position (batch,) and last position (batch,)."""
-        device, skip = self.backbone.device, rows.prefix
-        lengths = [len(rows.ids[i]) - skip for i in batch]
-        ids = np.zeros((len(batch), max(lengths)), np.int64)
-        for k, i in enumerate(batch):
-            ids[k, : lengths[k]] = rows.ids[i][skip:]
-        placeholders = None
-        if self.tp:
-            placeholders = torch.tensor([rows.placeholders[i] - skip for i in batch])[:, None] + torch.arange(self.tp.count)
-        first = torch.tensor([rows.first[i] - skip for i in batch], device=device)
-        return torch.from_numpy(ids).to(device), placeholders, first, torch.tensor(lengths, device=device) - 1
-
-
-ENCODER_CODE = code_version(
-    "bundled", "backbone", "hooks", "forward", "token_prepending", "prompts", "tokens", "batches", "encoder"
-)
-
-
-def pool(states: torch.Tensor, pooling: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, hidden) -> (batch, hidden): the last token's state, or a mean from `first` to `last` (inclusive).
-
-    `"weighted_mean"` weights the k-th of those tokens by k (SGPT, arXiv 2202.08904), counting from 1.
-    """
-    first, last = first.to(states.device), last.to(states.device)
-    if pooling == "last":
-        return states[torch.arange(len(last), device=states.device), last]
-    place = torch.arange(states.shape[1], device=states.device)[None] - first[:, None] + 1
-    inside = (place >= 1) & (place <= (last - first + 1)[:, None])
-    weights = (place if pooling == "weighted_mean" else torch.ones_like(place)) * inside
-    weights = weights.float() / weights.sum(dim=1, keepdim=True)
-    return torch.einsum("bth,bt->bh", states.float(), weights)
+def chunks(texts: list[str]) -> list[list[str]]:
+    """The distinct texts in the lists that are computed together, which depend on nothing but the texts."""
+    order = _order(texts)
+    return [[texts[i] for i in order[begin : begin + CHUNK]] for begin in range(0, len(order), CHUNK)]
 
 
 def _order(texts: list[str]) -> list[int]:

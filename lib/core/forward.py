@@ -1,18 +1,62 @@
-"""Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once."""
+"""Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once.
+
+Hooks work on the *inputs* of the decoder blocks (forward pre-hooks): in every architecture a block's input is a plain
+tensor, equal to `hidden_states[i]` of Hugging Face, while outputs differ in shape between families.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 
-from lib.core.hooks import block_input, safe_float16
-from lib.core.backbone import Backbone
+if TYPE_CHECKING:
+    from lib.core.backbone import Backbone
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
+
+
+def block_input(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden states (batch, tokens, hidden) that a decoder block was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def replace_input(states: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a decoder block with other hidden states, as a forward pre-hook returns them."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+@contextmanager
+def safe_float16(first_block: nn.Module, device: torch.device, dtype: torch.dtype):
+    """While active, a float16 model adds up its blocks' outputs, and norms the sum, in float32; else it does nothing.
+
+    That sum (the residual stream) is what overflows float16 in models with large activations. The matrix products stay in
+    float16: autocast turns their inputs, which come out of norms and are small, back.
+    """
+    if dtype != torch.float16:
+        yield
+        return
+
+    def widen(_, args, kwargs):
+        return replace_input(block_input(args, kwargs).float(), args, kwargs)
+
+    handle = first_block.register_forward_pre_hook(widen, with_kwargs=True, prepend=True)
+    try:
+        with torch.autocast(device.type, torch.float16):
+            yield
+    finally:
+        handle.remove()
+
+def check_finite(states: torch.Tensor | np.ndarray, name: str, dtype: torch.dtype) -> None:
+    """Raise `FloatingPointError` if a value is infinite or not a number, which is what float16 gives when it overflows."""
+    if not torch.isfinite(torch.as_tensor(states)).all():
+        raise FloatingPointError(f"{name} gives infinite or undefined states in {dtype}; load it with dtype='float32'.")
 
 
 class _Stop(Exception):
@@ -70,7 +114,10 @@ def read_states(
 
 
 class _Prefix(DynamicCache):
-    """Keys and values of a prefix: kept in its own pass, then joined to each batch's own for its attention, and never grown."""
+    """A KV cache for a shared prompt prefix.
+
+    The first pass fills it. Later passes read it without appending, so one cache serves every batch.
+    """
 
     def __init__(self):
         super().__init__()  # without the model's config: a sliding-window layer would drop keys that a long prefix still needs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.core.encoder import ENCODER_CODE, SentenceEncoder
+from lib.core.encoder import SentenceEncoder
 from lib.core.store import fingerprint
 
 try:
@@ -27,12 +27,14 @@ class MtebEncoder(AbsEncoder):
 
     def __init__(self, encoder: SentenceEncoder):
         name, revision = mteb_identity(encoder.backbone.name, encoder.backbone.revision, encoder.backbone.fingerprint)
-        settings = encoder.describe() | {"exit_layer": encoder.exit_layer}
-        tp = encoder.tp.describe() if encoder.tp else {}
-        tp |= {} if isinstance(tp.get("init", ""), str) else {"init": "vector"}
-        experiment = {key: settings[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
-        experiment |= {f"tp_{key}": value for key, value in tp.items()} or {"tp": "none"}
-        experiment |= {"setting": fingerprint(settings | {"code": ENCODER_CODE})}
+        about = encoder.describe()
+        method = {key: value for key, value in (about["method"] or {"method": "baseline"}).items() if key != "init"}
+        if encoder.method and "init" in about["method"]:
+            init = about["method"]["init"]
+            method["init"] = init if isinstance(init, str) else "vector"
+        experiment = {key: about[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
+        experiment |= {key if key == "method" else f"method_{key}": value for key, value in method.items()}
+        experiment |= {"setting": fingerprint(about | {"code": encoder.code})}
         self.encoder = encoder
         overwrites = {"name": name, "revision": revision, "experiment_kwargs": experiment}
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=overwrites)

@@ -14,7 +14,8 @@ import numpy as np
 
 from lib.core import processes
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "data" / "cache"
 
 
 def fingerprint(description) -> str:
@@ -22,14 +23,9 @@ def fingerprint(description) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def code_version(*modules: str) -> str:
-    """Fingerprint of the source of modules of `lib`: new code never serves old numbers."""
-    return fingerprint([p.read_text() for m in modules for p in sorted((ROOT / "lib").rglob(f"{m}.py"))])
-
-
-def is_fresh(path: Path) -> bool:
-    """Whether a stored file may be used: not if it is older than the start of a `--fresh` run."""
-    return path.stat().st_mtime >= float(os.environ.get("TP_FRESH_SINCE", 0))
+def is_fresh(path: Path, since: float) -> bool:
+    """Whether a stored file exists and is not older than `since`, in seconds of the epoch (the start of a fresh run)."""
+    return path.exists() and path.stat().st_mtime >= since
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -59,15 +55,19 @@ class EmbeddingStore:
     The key is the fingerprint of the texts and of all else that decides their embeddings (`SentenceEncoder.key`). The
     SHA-256 of a file's content stands at its end, where `numpy.load` does not look; a file that does not match it is
     reported and computed again. Several processes may share a folder.
+
+    Args:
+        folder: by default the one under `data/cache/`.
+        fresh_since: files older than this, in seconds of the epoch, do not count.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str = CACHE / "embeddings", fresh_since: float = 0.0):
+        self.folder, self.fresh_since = Path(folder), fresh_since
 
     def load(self, key: str) -> np.ndarray | None:
         """The embeddings stored under `key`, float32 (texts, hidden); None if there are none that can be trusted."""
         path = self.folder / f"{key}.npy"
-        if not path.exists() or not is_fresh(path):
+        if not is_fresh(path, self.fresh_since):
             return None
         whole = path.read_bytes()
         content, checksum = whole[:-32], whole[-32:]
@@ -82,7 +82,3 @@ class EmbeddingStore:
         np.save(buffer, embeddings.astype(np.float32))
         content = buffer.getvalue()
         write_atomically(self.folder / f"{key}.npy", content + hashlib.sha256(content).digest())
-
-
-# Where the notebooks keep embeddings.
-STORE = EmbeddingStore(ROOT / "data" / "cache" / "embeddings")

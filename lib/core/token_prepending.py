@@ -13,24 +13,38 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from lib.core.hooks import block_input, replace_input
 from lib.core.backbone import Backbone
+from lib.core.forward import block_input, replace_input
+from lib.core.prompts import PLACES, Prompt
+from lib.core.tokens import Batch
 
 INITS = ("normal", "zeros", "ones", "uniform", "space")
-PLACES = ("before_quote", "start", "in_quote", "after_text")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where TP reads and writes in a forward pass of your own; inside the encoder, a `Batch` says the same.
+
+    Args:
+        placeholders: int64 (batch,) or (batch, count), counted in the tokens handed to the model.
+        last: int64 (batch,), the last real token of each row, whose state is written.
+    """
+
+    placeholders: torch.Tensor
+    last: torch.Tensor
 
 
 @dataclass(frozen=True)
 class TokenPrepending:
-    """An immutable setting of TP, and the context manager that applies it.
+    """TP as a method of an encoder: an immutable choice, and the context manager that applies it.
 
     Args:
         start, end: 0-based block indices. Before block i, for start <= i < end, the last position's state is written
-            over the placeholder's. This is the official code's convention; the paper's k is end + 1.
-        init: the placeholder's vector at the embedding output: `"normal"` (standard normal, as the official code),
+            over every placeholder's. This is the official code's convention; the paper's k is end + 1.
+        init: a placeholder's vector at the embedding output: `"normal"` (standard normal, as the official code),
             `"zeros"`, `"ones"`, `"uniform"` (0 to 1), `"space"` (the space token's embedding) or a vector (hidden,).
         seed: of the generator for `"normal"` and `"uniform"`; it runs on the CPU, so a seed means one vector everywhere.
-        place: where the placeholder stands, one of `PLACES` (see `lib.core.prompts`).
+        place: where the placeholders stand, one of `PLACES`, in templates that do not say it themselves with `<PST>`.
         count: how many placeholders stand there, all with the same vector.
 
     Raises:
@@ -54,12 +68,23 @@ class TokenPrepending:
         if isinstance(self.init, str):
             if self.init not in INITS:
                 raise ValueError(f"Unknown init {self.init!r}; choose from {', '.join(INITS)} or give a vector.")
-        else:  # a plain tuple keeps the setting hashable and comparable
+        else:  # a plain tuple keeps the method hashable and comparable
             object.__setattr__(self, "init", tuple(float(x) for x in np.asarray(self.init).reshape(-1)))
 
     def describe(self) -> dict:
-        """The setting as plain data, for provenance and fingerprints."""
-        return asdict(self)
+        """The method as plain data, for provenance and fingerprints."""
+        return {"method": type(self).__name__, **asdict(self)}
+
+    def templates(self, prompt: Prompt) -> tuple[str, ...]:
+        """The prompt's templates with placeholders. Raises `ValueError` for a prompt that is not read at its last token."""
+        if prompt.pooling != "last":
+            raise ValueError(f"Prompt {prompt.name!r} is not read at its last token, so TP does not apply to it.")
+        return prompt.with_placeholder(self.place, self.count)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `ValueError` if the model has fewer than `end` blocks."""
+        if self.end > backbone.num_layers:
+            raise ValueError(f"TP end={self.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
 
     def initial_vector(self, backbone: Backbone) -> torch.Tensor:
         """The placeholder's vector, float32 (hidden,), on the CPU, as a row of the embedding matrix would hold it."""
@@ -78,33 +103,23 @@ class TokenPrepending:
             if not ids:
                 raise ValueError(f"The tokenizer of {backbone.name} has no token for a space; choose another init.")
             row = backbone.embeddings(torch.tensor([ids[-1]], device=backbone.device))[0].detach().float().cpu()
-            return row / self._scale(backbone)
+            return row / _scale(backbone)
         if len(self.init) != size:
             raise ValueError(f"init has {len(self.init)} values; {backbone.name} has hidden size {size}.")
         return torch.tensor(self.init)
 
-    @staticmethod
-    def _scale(backbone: Backbone) -> float:
-        """By which some families (Gemma) multiply the rows of their embedding matrix."""
-        return float(getattr(backbone.embeddings, "embed_scale", 1.0))
-
     @contextmanager
-    def attach(self, backbone: Backbone, placeholder_positions: torch.Tensor, last_positions: torch.Tensor):
-        """While active, every forward pass of `backbone` runs with TP. The model itself is not changed.
-
-        Args:
-            placeholder_positions: int64 (batch,) or (batch, count), counted in the tokens handed to the model.
-            last_positions: int64 (batch,), the last real token of each row, whose state is written.
+    def attach(self, backbone: Backbone, batch: Batch | Placement):
+        """While active, every forward pass of `backbone` on this batch runs with TP. The model itself is not changed.
 
         The hooks go when the block is left, also by an error. Raises `ValueError` if there are fewer than `end` blocks.
         """
-        if self.end > backbone.num_layers:
-            raise ValueError(f"TP end={self.end}, but {backbone.name} has only {backbone.num_layers} blocks.")
-        rows, targets = torch.arange(len(last_positions))[:, None], placeholder_positions.reshape(len(last_positions), -1)
+        self.check(backbone)
+        rows, targets = torch.arange(len(batch.last))[:, None], batch.placeholders.reshape(len(batch.last), -1)
 
         def write_last_state(_, args, kwargs):
             states = block_input(args, kwargs).clone()
-            row, target, last = (t.to(states.device) for t in (rows, targets, last_positions))
+            row, target, last = (t.to(states.device) for t in (rows, targets, batch.last))
             states[row, target] = states[row, last[:, None]]
             return replace_input(states, args, kwargs)
 
@@ -116,7 +131,7 @@ class TokenPrepending:
     @contextmanager
     def insert(self, backbone: Backbone, targets: torch.Tensor):
         """While active, the positions `targets`, int64 (batch, count), hold `initial_vector` at the embedding output."""
-        vector = self.initial_vector(backbone) * self._scale(backbone)
+        vector = self.initial_vector(backbone) * _scale(backbone)
         rows = torch.arange(len(targets))[:, None]
 
         def insert_placeholder(_, __, output):
@@ -129,3 +144,8 @@ class TokenPrepending:
             yield
         finally:
             handle.remove()
+
+
+def _scale(backbone: Backbone) -> float:
+    """By which some families (Gemma) multiply the rows of their embedding matrix."""
+    return float(getattr(backbone.embeddings, "embed_scale", 1.0))

@@ -1,0 +1,84 @@
+"""Models whose tokens attend to both sides, as ordinary encoders: a method, and the poolings that belong to such models."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lib.core.backbone import Backbone, UnsupportedModelError
+from lib.core.forward import read_states
+from lib.core.pooling import last_state, mean_state
+from lib.core.prompts import PLACEHOLDER, Prompt
+from lib.core.tokens import Batch
+
+# In a template: the place of the tokenizer's own mask token.
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """The method of such a model: a forward pass sees the real tokens of a batch alone, and the mask token at `[MASK]`.
+
+    No prefix can be shared, so the encoder needs `share_prefix=False`.
+    """
+
+    def templates(self, prompt: Prompt) -> tuple[str, ...]:
+        """The prompt's templates, with a placeholder for `[MASK]`."""
+        return tuple(template.replace(MASK, PLACEHOLDER) for template in prompt.templates)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `UnsupportedModelError` if another last token leaves the first state as it is: the model is causal."""
+        ids, last = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=backbone.device), torch.tensor([3, 3])
+        with self.attach(backbone, Batch(ids, None, last, last, [])):
+            states = read_states(backbone, ids, [-1])[backbone.num_layers]
+        if torch.equal(states[0, 0], states[1, 0]):
+            raise UnsupportedModelError(f"{backbone.name} stays causal in this version of Transformers.")
+
+    @contextmanager
+    def attach(self, backbone: Backbone, batch: Batch):
+        """While active, every forward pass of `backbone` is on this batch, with its padding masked."""
+        ids, places = batch.ids.clone(), torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        if batch.placeholders is not None:
+            ids.scatter_(1, batch.placeholders, backbone.tokenizer.mask_token_id)
+        inputs = {"input_ids": ids, "attention_mask": (places <= batch.last.to(ids.device)[:, None]).long()}
+        handle = backbone.base.register_forward_pre_hook(lambda *_: ((), inputs), with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def describe(self) -> dict:
+        """See `lib.core.encoder.Method`."""
+        return {"method": "BothSides"}
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """The pooling of what does not depend on where the sentence stands in the row.
+
+    Args:
+        part: `"all"` is the mean of all tokens, special tokens included; `"first"` the first token's state; `"mask"` that of
+            the token `[MASK]`; `"pooler"` what the model's own pooler makes of the first token, at the last layer alone.
+    """
+
+    part: str
+    needs_span = False
+
+    def read(self, backbone: Backbone, batch: Batch, layers, prefix=None) -> dict[int, torch.Tensor]:
+        """See `lib.core.pooling.Pooling`. Raises `ValueError` if the pooler is asked for another state than the last."""
+        if self.part == "pooler" and list(layers) != [backbone.num_layers]:
+            raise ValueError(f"The pooler of {backbone.name} works on the last state only, not on {list(layers)}.")
+        first = torch.zeros_like(batch.last)
+        read = {
+            "all": lambda states: mean_state(states, first, batch.last),
+            "first": lambda states: last_state(states, first),
+            "mask": lambda states: last_state(states, batch.placeholders[:, 0]),
+            "pooler": lambda states: backbone.base.pooler(states),
+        }
+        return read_states(backbone, batch.ids, layers, read[self.part])
+
+    def describe(self) -> dict:
+        """See `lib.core.pooling.Pooling`."""
+        return {"pooling": self.part}
