@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import warnings
 
 import pytest
@@ -31,7 +32,7 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states, run_prefix, shares_prefix
 from lib.core.backbone import Backbone, UnsupportedModelError
 from lib.core.prompts import PROMPTS
-from lib.core.token_prepending import TokenPrepending
+from lib.core.token_prepending import Placement, TokenPrepending
 
 # Short enough that the last token still sees the placeholder through a sliding window.
 SHORT = "No."
@@ -46,7 +47,7 @@ SENTENCES = [
 # Each start and end differs from its neighbours; start=2 lets two blocks read the placeholder's own vector (a norm
 # before the first block hides its length, so with start=1 a wrong scale would not show); end=LAYERS is the last block.
 SETTINGS = {
-    "plain": None,
+    "baseline": None,
     "tp-0-2": TokenPrepending(0, 2),
     "tp-1-3": TokenPrepending(1, 3),
     "tp-2-4": TokenPrepending(2, LAYERS, place="start"),
@@ -60,8 +61,16 @@ POSITIONS_FROM_MASK = {
 # Families in which padding on the left cannot give the states of the unpadded prompt, with the structural reason.
 NO_LEFT_PADDING: dict[str, str] = {}
 
+# These four differ most in structure and go through every case; the others through one of TP, prefix and padding each.
+FULL = ("llama", "gemma3", "opt_narrow", "falcon_alibi")
+
 families = pytest.mark.parametrize("family", FAMILIES)
-settings = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def cases(names: str, every, one):
+    """Of each family in `FULL` all combinations of the values `every`, of each other family the values `one`."""
+    rows = [(family, *values) for family in FULL for values in itertools.product(*every)]
+    return pytest.mark.parametrize(f"family, {names}", rows + [(f, *one) for f in FAMILIES if f not in FULL])
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +145,7 @@ def test_the_settings_differ_enough_to_be_told_apart(family):
     assert largest_difference([(1, 3, place)], -vector) > 50 * TOLERANCE
 
 
-@families
-@pytest.mark.parametrize("share_prefix", [True, False], ids=["shared-prefix", "whole-prompts"])
-@settings
+@cases("setting, share_prefix", [SETTINGS, [True, False]], ("tp-1-3", True))
 def test_encoder_equals_the_loop(family, setting, share_prefix):
     backbone, tp = tiny_backbone(family), SETTINGS[setting]
     expected = last_states(family, setting)
@@ -187,8 +194,7 @@ def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
     assert prefix + rest == whole and prefix >= lib.core.tokens.MIN_PREFIX
 
 
-@families
-@pytest.mark.parametrize("length", [4, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
+@cases("length", [[4, WINDOW - 1, WINDOW, 2 * WINDOW + 3]], (2 * WINDOW + 3,))
 def test_a_prefix_of_any_length_is_shared_exactly(family, length):
     backbone = tiny_backbone(family)
     assert shares_prefix(backbone)
@@ -203,9 +209,7 @@ def test_a_prefix_of_any_length_is_shared_exactly(family, length):
         assert prefix.get_seq_length() == length
 
 
-@families
-@pytest.mark.parametrize("side", ["left", "right"])
-@settings
+@cases("setting, side", [SETTINGS, ["left", "right"]], ("tp-2-4", "left"))
 def test_direct_use_on_padded_batches_equals_the_loop(family, setting, side):
     """`attach` around the model's own forward, with padding and an attention mask: all states of all real tokens."""
     if side == "left" and family in NO_LEFT_PADDING:
@@ -229,7 +233,7 @@ def test_direct_use_on_padded_batches_equals_the_loop(family, setting, side):
         final = backbone.base(input_ids=ids, use_cache=False, **inputs).last_hidden_state
     else:
         places = torch.tensor([begin + row.index(SPARE_TOKEN) for begin, row in zip(begins, rows)])
-        with tp.attach(backbone, places, last):
+        with tp.attach(backbone, Placement(places, last)):
             states = read_states(backbone, ids, range(LAYERS + 1), **inputs)
             final = backbone.base(input_ids=ids, use_cache=False, **inputs).last_hidden_state
     for k, (row, begin) in enumerate(zip(rows, begins)):

@@ -31,6 +31,7 @@ import lib.core.encoder
 from lib.core.batches import token_batches
 from lib.core.encoder import SentenceEncoder
 from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.pooling import POOLINGS
 from lib.core.prompts import PROMPTS, Prompt, clean_sentence
 from lib.core.store import EmbeddingStore, write_atomically
 from lib.core.token_prepending import TokenPrepending
@@ -167,7 +168,7 @@ def test_batches_keep_to_their_limits():
 
 
 def test_shapes_and_types(backbone):
-    encoder = SentenceEncoder(backbone, tp=TP)
+    encoder = SentenceEncoder(backbone, method=TP)
     many, one = encoder.encode(SENTENCES), encoder.encode(SENTENCES[0])
     assert many.shape == (len(SENTENCES), HIDDEN) and many.dtype == np.float32
     assert one.shape == (HIDDEN,) and one.dtype == np.float32
@@ -193,12 +194,12 @@ def test_normalised_embeddings_have_length_one_and_the_same_direction(backbone):
 
 
 def test_layers_keep_their_names_and_equal_single_passes(backbone, count_passes):
-    encoder = SentenceEncoder(backbone, tp=TP, share_prefix=False)
+    encoder = SentenceEncoder(backbone, method=TP, share_prefix=False)
     found = encoder.encode_layers(SENTENCES, [-1, 2, 0, LAYERS])
     assert list(found) == [-1, 2, 0, LAYERS] and len(count_passes) == 1
     assert np.array_equal(found[-1], found[LAYERS])
     for layer in (0, 2, LAYERS):
-        alone = SentenceEncoder(backbone, tp=TP, exit_layer=layer, share_prefix=False)
+        alone = SentenceEncoder(backbone, method=TP, exit_layer=layer, share_prefix=False)
         assert np.array_equal(found[layer], alone.encode(SENTENCES))
     assert SentenceEncoder(backbone, exit_layer=-2).exit_layer == LAYERS - 1
 
@@ -347,12 +348,12 @@ def test_cut_prompts_fit_and_keep_their_ending(name, kind):
     templates = [*prompt.templates, *(prompt.with_placeholder("before_quote", 2) if prompt.pooling == "last" else ())]
     for template in templates:
         with pytest.warns(UserWarning, match="40 of 41 sentences were cut"):
-            rows = PromptTokenizer(tokenizer, 150)(template, sentences, mean_span=True)
+            rows = PromptTokenizer(tokenizer, 150)(template, sentences, span=True)
         assert max(map(len, rows.ids)) <= 150
         assert min(map(len, rows.ids[:40])) > 120
         head, _, tail = template.rpartition("{sentence}")
         for row, place in zip(rows.ids, rows.placeholders or [None] * len(rows.ids)):
-            text = tokenizer.decode(row if place is None else row[place + 2 :], skip_special_tokens=True)
+            text = tokenizer.decode(row if place is None else row[place[-1] + 1 :], skip_special_tokens=True)
             assert text.endswith(tail)
         if name == "echo":
             text = tokenizer.decode(rows.ids[0], skip_special_tokens=True)
@@ -453,8 +454,8 @@ def test_means_where_the_first_token_holds_a_part_of_the_prompt(backbone, senten
 
 def test_poolings_differ(backbone):
     found = {p: SentenceEncoder(backbone, "none", pooling=p).encode(SENTENCES) for p in ("last", "mean", "weighted_mean")}
-    assert SentenceEncoder(backbone, "none").pooling == "last"
-    assert SentenceEncoder(backbone, "echo").pooling == "mean"
+    assert SentenceEncoder(backbone, "none").pooling == POOLINGS["last"]
+    assert SentenceEncoder(backbone, "echo").pooling == POOLINGS["mean"]
     assert cosines(found["last"], found["mean"]).max() < 0.999
     assert cosines(found["weighted_mean"], found["mean"]).max() < 0.9999
     states = loop_states(backbone, backbone.tokenizer("No.")["input_ids"])
@@ -465,7 +466,7 @@ def test_poolings_differ(backbone):
 
 
 def stored(backbone, folder, **options):
-    options = {"prompt": "prompteol", "tp": TP} | options
+    options = {"prompt": "prompteol", "method": TP} | options
     return SentenceEncoder(backbone, **options, share_prefix=False, store=EmbeddingStore(folder))
 
 
@@ -507,13 +508,13 @@ def test_ck_finds_what_cot_and_ke_stored(backbone, count_passes, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"tp": None},
-        {"tp": TokenPrepending(1, 4)},
-        {"tp": TokenPrepending(1, 3, seed=1)},
-        {"tp": TokenPrepending(1, 3, init="zeros")},
-        {"tp": TokenPrepending(1, 3, init=np.arange(HIDDEN))},
-        {"tp": TokenPrepending(1, 3, place="start")},
-        {"tp": TokenPrepending(1, 3, count=2)},
+        {"method": None},
+        {"method": TokenPrepending(1, 4)},
+        {"method": TokenPrepending(1, 3, seed=1)},
+        {"method": TokenPrepending(1, 3, init="zeros")},
+        {"method": TokenPrepending(1, 3, init=np.arange(HIDDEN))},
+        {"method": TokenPrepending(1, 3, place="start")},
+        {"method": TokenPrepending(1, 3, count=2)},
         {"prompt": "cot"},
         {"prompt": Prompt("prompteol", PROMPTS["prompteol"].templates, clean=False)},
         {"pooling": "mean"},
@@ -527,7 +528,7 @@ def test_every_setting_counts(backbone, count_passes, tmp_path, change):
     count_passes.clear()
     found = stored(backbone, tmp_path, **change).encode(SENTENCES)
     assert len(count_passes) == 1
-    options = {"prompt": "prompteol", "tp": TP} | change
+    options = {"prompt": "prompteol", "method": TP} | change
     assert np.array_equal(found, SentenceEncoder(backbone, **options, share_prefix=False).encode(SENTENCES))
 
 
@@ -622,7 +623,7 @@ def test_smollm2_tokenises_the_prompt_as_the_official_code(one_thread, smollm2):
     (template,) = PROMPTS["prompteol"].with_placeholder("before_quote")
     rows = PromptTokenizer(smollm2.tokenizer, 512)(template, [clean_sentence("A dog runs"), clean_sentence(REAL[0])])
     tokens = smollm2.tokenizer.convert_ids_to_tokens(rows.ids[0])
-    tokens[rows.placeholders[0]] = "<PST>"
+    tokens[rows.placeholders[0][0]] = "<PST>"
     assert tokens == [
         "This", "Ġsentence", "Ġ:", "Ġ", "<PST>", 'Ġ"', "A", "Ġdog", "Ġruns", '."', "Ġmeans", "Ġin", "Ġone", "Ġword", ':"',
     ]

@@ -40,8 +40,8 @@ def in_float16(backbone: Backbone) -> Backbone:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float16_gives_the_float32_embeddings(family):
     backbone = tiny_backbone(family)
-    expected = SentenceEncoder(backbone, tp=TP).encode_layers(SENTENCES, ENDS)
-    actual = SentenceEncoder(in_float16(backbone), tp=TP).encode_layers(SENTENCES, ENDS)
+    expected = SentenceEncoder(backbone, method=TP).encode_layers(SENTENCES, ENDS)
+    actual = SentenceEncoder(in_float16(backbone), method=TP).encode_layers(SENTENCES, ENDS)
     for layer in ENDS:
         assert cosines(actual[layer], expected[layer]).min() > 0.999, layer
 
@@ -54,8 +54,8 @@ def test_sums_beyond_float16_do_not_overflow(family):
     with torch.inference_mode():
         plain = half.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert not all(torch.isfinite(states).all() for states in plain), "the model is too tame for this test"
-    expected = SentenceEncoder(large, tp=TP).encode_layers(SENTENCES, ENDS)
-    actual = SentenceEncoder(half, tp=TP).encode_layers(SENTENCES, ENDS)
+    expected = SentenceEncoder(large, method=TP).encode_layers(SENTENCES, ENDS)
+    actual = SentenceEncoder(half, method=TP).encode_layers(SENTENCES, ENDS)
     for layer in ENDS:
         assert cosines(actual[layer], expected[layer]).min() > 0.999, layer
 
@@ -81,8 +81,8 @@ def test_blocks_on_other_devices(first, place, tmp_path):
         assert model.model.norm.weight.device.type == "meta"
     spread = Backbone.from_model(model, backbone.tokenizer, "spread")
     for tp in (None, TP):
-        expected = SentenceEncoder(backbone, tp=tp).encode_layers(SENTENCES, ENDS)
-        actual = SentenceEncoder(spread, tp=tp).encode_layers(SENTENCES, ENDS)
+        expected = SentenceEncoder(backbone, method=tp).encode_layers(SENTENCES, ENDS)
+        actual = SentenceEncoder(spread, method=tp).encode_layers(SENTENCES, ENDS)
         for layer in ENDS:
             assert_same(actual[layer], expected[layer], f"layer {layer}")
     assert spread.describe()["device_map"] == sorted({*places.values()})
@@ -96,21 +96,21 @@ def test_embeddings_that_are_off_the_device(tmp_path):
     spread = Backbone.from_model(model, backbone.tokenizer, "spread")
     assert spread.embeddings.weight.device.type == "meta" and spread.device.type == "cpu"
     tp = TokenPrepending(0, 2, init="space")
-    expected = SentenceEncoder(backbone, tp=tp).encode(SENTENCES)
-    assert_same(SentenceEncoder(spread, tp=tp).encode(SENTENCES), expected)
+    expected = SentenceEncoder(backbone, method=tp).encode(SENTENCES)
+    assert_same(SentenceEncoder(spread, method=tp).encode(SENTENCES), expected)
 
 
 class Memory:
-    """Stands for `SentenceEncoder._run` on a machine where only so many rows fit."""
+    """Stands for `SentenceEncoder.forward` on a machine where only so many rows fit."""
 
     def __init__(self, encoder: SentenceEncoder, rows: int, error: Exception):
-        self.run, self.rows, self.error, self.sizes = encoder._run, rows, error, []
+        self.run, self.rows, self.error, self.sizes = encoder.forward, rows, error, []
 
-    def __call__(self, rows, batch, layers, prefix):
-        self.sizes.append(len(batch))
-        if len(batch) > self.rows:
+    def __call__(self, batch, layers, prefix):
+        self.sizes.append(len(batch.ids))
+        if len(batch.ids) > self.rows:
             raise self.error
-        return self.run(rows, batch, layers, prefix)
+        return self.run(batch, layers, prefix)
 
 
 @pytest.mark.parametrize("error", [
@@ -119,9 +119,9 @@ class Memory:
 ])
 def test_out_of_memory_halves_the_batches_and_says_so(error):
     sentences = [f"The plane number {i} takes off." for i in range(22)]
-    encoder = SentenceEncoder(tiny_backbone(), tp=TP)
+    encoder = SentenceEncoder(tiny_backbone(), method=TP)
     expected = encoder.encode(sentences, batch_size=11)
-    encoder._run = memory = Memory(encoder, 3, error)
+    encoder.forward = memory = Memory(encoder, 3, error)
     with pytest.warns(UserWarning, match="Out of memory with 11 sentences") as warned:
         actual = encoder.encode(sentences, batch_size=11)
     assert_same(actual, expected)
@@ -131,10 +131,10 @@ def test_out_of_memory_halves_the_batches_and_says_so(error):
 
 def test_out_of_memory_with_one_sentence_and_other_errors_are_raised():
     encoder = SentenceEncoder(tiny_backbone())
-    encoder._run = Memory(encoder, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    encoder.forward = Memory(encoder, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
         encoder.encode(SENTENCES)
-    encoder._run = memory = Memory(SentenceEncoder(tiny_backbone()), 0, RuntimeError("shapes do not match"))
+    encoder.forward = memory = Memory(SentenceEncoder(tiny_backbone()), 0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
         encoder.encode(SENTENCES)
     assert len(memory.sizes) == 1

@@ -27,11 +27,11 @@ from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
 PAIRS, COMMIT = 40, "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 SETTINGS = {
-    "plain": {},
-    "tp": {"tp": TokenPrepending(1, 3)},
-    "another end": {"tp": TokenPrepending(1, 2)},
-    "another vector": {"tp": TokenPrepending(1, 3, init=np.zeros(32))},
-    "one more vector": {"tp": TokenPrepending(1, 3, init=np.ones(32))},
+    "baseline": {},
+    "tp": {"method": TokenPrepending(1, 3)},
+    "another end": {"method": TokenPrepending(1, 2)},
+    "another vector": {"method": TokenPrepending(1, 3, init=np.zeros(32))},
+    "one more vector": {"method": TokenPrepending(1, 3, init=np.ones(32))},
     "another layer": {"exit_layer": 2},
     "another prompt": {"prompt": "ke"},
     "another pooling": {"pooling": "mean"},
@@ -77,7 +77,7 @@ def backbone(one_thread):
     return tiny_backbone()
 
 
-@pytest.mark.parametrize("setting", ["plain", "tp"])
+@pytest.mark.parametrize("setting", ["baseline", "tp"])
 def test_the_score_is_ours(backbone, pairs, setting):
     encoder = SentenceEncoder(backbone, **SETTINGS[setting])
     found = mteb.evaluate(MtebEncoder(encoder), SamplePairs(pairs), cache=None, show_progress_bar=False)
@@ -120,9 +120,9 @@ def test_every_setting_is_an_experiment_of_its_own(backbone):
     assert len({meta.experiment_name for meta in metas.values()}) == len(SETTINGS)
     assert {meta.name for meta in metas.values()} == {"local/tiny-llama"}
     values = metas["tp"].experiment_kwargs
-    expected = {"prompt": "prompteol", "exit_layer": 4, "tp_start": 1, "tp_end": 3, "tp_init": "normal"}
-    assert expected.items() <= values.items() and metas["plain"].experiment_kwargs["tp"] == "none"
-    assert metas["another vector"].experiment_kwargs["tp_init"] == "vector"
+    expected = {"prompt": "prompteol", "exit_layer": 4, "method": "TokenPrepending", "method_start": 1, "method_end": 3, "method_init": "normal"}
+    assert expected.items() <= values.items() and metas["baseline"].experiment_kwargs["method"] == "baseline"
+    assert metas["another vector"].experiment_kwargs["method_init"] == "vector"
     for meta in metas.values():
         assert json.loads(json.dumps(meta.experiment_kwargs)) == meta.experiment_kwargs
         assert f"prompt_{meta.experiment_kwargs['prompt']}" in meta.experiment_name  # it is readable, and not a hash

@@ -41,7 +41,7 @@ if processes.is_main():
 
 
 def encoder(store=None) -> SentenceEncoder:
-    return SentenceEncoder(tiny_backbone(), tp=TokenPrepending(1, 3), store=EmbeddingStore(store) if store else None)
+    return SentenceEncoder(tiny_backbone(), method=TokenPrepending(1, 3), store=EmbeddingStore(store) if store else None)
 
 
 def launch(folder, count: int) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""The TP setting, its context manager, and the token ids and positions it works on."""
+"""Token Prepending as a method, its context manager, and the token ids and positions it works on."""
 
 import copy
 import dataclasses
@@ -24,7 +24,8 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states
 from lib.core.backbone import Backbone
 from lib.core.prompts import PLACEHOLDER, PROMPTS, Prompt
-from lib.core.token_prepending import INITS, PLACES, TokenPrepending
+from lib.core.prompts import PLACES
+from lib.core.token_prepending import INITS, Placement, TokenPrepending
 from lib.core.tokens import MIN_PREFIX, PromptTokenizer, shared_prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +76,7 @@ def test_a_setting_for_a_deeper_model_is_refused(backbone):
     with pytest.raises(ValueError, match=f"end={LAYERS + 1}.*only {LAYERS} blocks"):
         SentenceEncoder(backbone, "prompteol", tp)
     with pytest.raises(ValueError, match=f"end={LAYERS + 1}.*only {LAYERS} blocks"):
-        with tp.attach(backbone, torch.tensor([1]), torch.tensor([3])):
+        with tp.attach(backbone, Placement(torch.tensor([1]), torch.tensor([3]))):
             pytest.fail("the block ran")
     SentenceEncoder(backbone, "prompteol", TokenPrepending(1, LAYERS))
 
@@ -133,7 +134,7 @@ def test_all_inits(backbone):
 @pytest.mark.parametrize("init", INITS)
 def test_every_init_is_what_the_model_reads(backbone, init):
     tp = TokenPrepending(2, 3, init=init)
-    with tp.attach(backbone, torch.tensor([3]), LAST):
+    with tp.attach(backbone, Placement(torch.tensor([3]), LAST)):
         states = read_states(backbone, PLAIN_IDS, range(LAYERS + 1))
     ids = [token if i != 7 else 0 for i, token in enumerate(IDS)]
     expected = loop_states(backbone, ids, [(2, 3, [3])], tp.initial_vector(backbone))
@@ -150,7 +151,7 @@ def test_placeholders_of_each_row_and_several_of_them(backbone):
     rows = [IDS, [SPARE_TOKEN, 50, 51, 52, SPARE_TOKEN, 53, 54, 55, 56, 57]]
     places = torch.tensor([[3, 7], [0, 4]])
     plain = torch.tensor(rows).masked_fill(torch.tensor(rows) == SPARE_TOKEN, 0)
-    with tp.attach(backbone, places, LAST.repeat(2)):
+    with tp.attach(backbone, Placement(places, LAST.repeat(2))):
         states = read_states(backbone, plain, range(LAYERS + 1))
     for k, row in enumerate(rows):
         expected = loop_states(backbone, row, [(1, 3, places[k].tolist())], tp.initial_vector(backbone))
@@ -162,7 +163,7 @@ def test_an_error_inside_leaves_no_hook(backbone):
     hooks = hook_ids(backbone.model)
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error):
-            with TokenPrepending(1, 3).attach(backbone, torch.tensor([3]), LAST):
+            with TokenPrepending(1, 3).attach(backbone, Placement(torch.tensor([3]), LAST)):
                 assert hook_ids(backbone.model) != hooks
                 backbone.base(input_ids=PLAIN_IDS)
                 raise error
@@ -175,10 +176,10 @@ def test_an_error_in_the_forward_pass_leaves_no_hook(backbone):
     def explode(states):
         raise MemoryError("no room")
 
-    with pytest.raises(MemoryError), TokenPrepending(1, 3).attach(backbone, torch.tensor([3]), LAST):
+    with pytest.raises(MemoryError), TokenPrepending(1, 3).attach(backbone, Placement(torch.tensor([3]), LAST)):
         read_states(backbone, PLAIN_IDS, [2], read=explode)
     assert hook_ids(backbone.model) == hooks
-    with pytest.raises(IndexError), TokenPrepending(1, 3).attach(backbone, torch.tensor([99]), LAST):
+    with pytest.raises(IndexError), TokenPrepending(1, 3).attach(backbone, Placement(torch.tensor([99]), LAST)):
         backbone.base(input_ids=PLAIN_IDS)
     assert hook_ids(backbone.model) == hooks
 
@@ -190,7 +191,7 @@ def test_an_error_while_attaching_leaves_no_hook(backbone, monkeypatch):
     monkeypatch.setattr(backbone.layers[2], "register_forward_pre_hook", refuse)
     hooks = hook_ids(backbone.model)
     with pytest.raises(RuntimeError, match="no hook today"):
-        with TokenPrepending(1, 3).attach(backbone, torch.tensor([3]), LAST):
+        with TokenPrepending(1, 3).attach(backbone, Placement(torch.tensor([3]), LAST)):
             pytest.fail("the block ran")
     assert hook_ids(backbone.model) == hooks
 
@@ -199,7 +200,7 @@ def test_foreign_hooks_stay_and_work(backbone):
     seen = []
     handle = backbone.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     tp = TokenPrepending(1, 3)
-    with tp.attach(backbone, torch.tensor([3]), LAST):
+    with tp.attach(backbone, Placement(torch.tensor([3]), LAST)):
         inside = read_states(backbone, PLAIN_IDS, [1])[1]
     before = read_states(backbone, PLAIN_IDS, [1])[1]
     handle.remove()
@@ -218,7 +219,7 @@ def test_tensors_that_hooks_receive_are_not_written_to(backbone):
 
     handles = [block.register_forward_pre_hook(keep(i)) for i, block in enumerate(backbone.layers)]
     handles.append(backbone.embeddings.register_forward_hook(keep("embeddings")))
-    with torch.inference_mode(), TokenPrepending(0, LAYERS).attach(backbone, torch.tensor([3]), LAST):
+    with torch.inference_mode(), TokenPrepending(0, LAYERS).attach(backbone, Placement(torch.tensor([3]), LAST)):
         backbone.base(input_ids=PLAIN_IDS, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -234,9 +235,9 @@ def test_nested_settings_apply_together_and_end_separately(backbone):
     vector = outer.initial_vector(backbone)
     layers = range(LAYERS + 1)
     plain = read_states(backbone, PLAIN_IDS, layers)
-    with outer.attach(backbone, first, LAST):
+    with outer.attach(backbone, Placement(first, LAST)):
         alone = read_states(backbone, PLAIN_IDS, layers)
-        with inner.attach(backbone, second, LAST):
+        with inner.attach(backbone, Placement(second, LAST)):
             both = read_states(backbone, PLAIN_IDS, layers)
         again = read_states(backbone, PLAIN_IDS, layers)
     after = read_states(backbone, PLAIN_IDS, layers)
@@ -263,7 +264,7 @@ def test_two_encoders_on_one_model_do_not_disturb_each_other(backbone):
 def test_other_models_are_not_touched(backbone):
     other = tiny_backbone("gpt2")
     before = read_states(other, PLAIN_IDS, [LAYERS])[LAYERS]
-    with TokenPrepending(1, 3).attach(backbone, torch.tensor([3]), LAST):
+    with TokenPrepending(1, 3).attach(backbone, Placement(torch.tensor([3]), LAST)):
         assert torch.equal(read_states(other, PLAIN_IDS, [LAYERS])[LAYERS], before)
 
 
@@ -286,9 +287,9 @@ def test_token_ids_are_those_of_a_tokenizer_with_the_placeholder_added(name, pla
         for i, sentence in enumerate(sentences):
             expected = official_ids(tokenizer, template.replace("{sentence}", sentence))
             places = [k for k, token in enumerate(expected) if token == SPARE_TOKEN]
-            assert places == list(range(rows.placeholders[i], rows.placeholders[i] + count))
+            assert places == rows.placeholders[i]
             assert rows.ids[i] == [0 if token == SPARE_TOKEN else token for token in expected]
-            assert rows.prefix <= rows.placeholders[i]
+            assert rows.prefix <= rows.placeholders[i][0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,7 +306,7 @@ def test_places_in_the_text(kind):
         ids = official_ids(tokenizer, expected[place])
         (template,) = PROMPTS["prompteol"].with_placeholder(place)
         rows = rows_of(kind, template, ["No."])
-        assert rows.placeholders == [ids.index(SPARE_TOKEN)]
+        assert rows.placeholders == [[ids.index(SPARE_TOKEN)]]
         assert rows.ids == [[0 if token == SPARE_TOKEN else token for token in ids]]
 
 
@@ -334,11 +335,11 @@ def test_text_that_spells_a_token_stays_text(text, kind):
     for sentences in ([text], [text, "No.", f"{text}{PLACEHOLDER}"]):
         rows = rows_of(kind, template, sentences)
         special = set(tokenizer.all_special_ids)
-        for row, place, sentence in zip(rows.ids, rows.placeholders, sentences):
+        for row, (place,), sentence in zip(rows.ids, rows.placeholders, sentences):
             begin = 1 if kind != "bytes" else 0  # the tokenizer's own <s>
             # The placeholder's id is written as 0; beyond it and <s>, no special token.
             assert not special & {token for i, token in enumerate(row) if i != place and i >= begin}
-            assert rows.placeholders[0] == place
+            assert rows.placeholders[0] == [place]
             joined = tokenizer.decode(row[begin:place]) + "*" + tokenizer.decode(row[place + 1 :])
             expected = template.replace(PLACEHOLDER, "*").replace("{sentence}", sentence)
             assert joined.replace(" ", "") == expected.replace(" ", "")
@@ -371,7 +372,7 @@ def test_the_prefix_ends_before_what_a_sentence_or_the_placeholder_can_change():
                 continue
             assert rows.prefix >= MIN_PREFIX
             assert all(row[: rows.prefix] == rows.ids[0][: rows.prefix] for row in rows.ids)
-            assert all(rows.prefix <= min(place, len(row) - 1) for row, place in zip(rows.ids, rows.placeholders))
+            assert all(rows.prefix <= min(place, len(row) - 1) for row, (place, *_) in zip(rows.ids, rows.placeholders))
     assert rows_of("bytes", "{sentence}", ["same words here and more", "same words here and less"]).prefix == 0
     # All the same up to the last token: one token must remain to be run.
     rows = rows_of("bytes", "one sentence in one word: {sentence}", ["", ""])

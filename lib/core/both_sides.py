@@ -1,4 +1,4 @@
-"""Models whose tokens attend to both sides, as ordinary encoders: a method, and the poolings that belong to such models."""
+"""Models whose tokens attend to both sides, as ordinary encoders: a method, and the poolings that only they need."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class BothSides:
-    """The method of such a model: a forward pass sees the real tokens of a batch alone, and the mask token at `[MASK]`.
+    """The method of such a model: it sees a batch's real tokens alone, and the mask token where a template says `[MASK]`.
 
-    No prefix can be shared, so the encoder needs `share_prefix=False`.
+    Its encoder needs `share_prefix=False`, because a prefix's states depend on what comes after it.
     """
 
     def templates(self, prompt: Prompt) -> tuple[str, ...]:
@@ -50,7 +50,6 @@ class BothSides:
             handle.remove()
 
     def describe(self) -> dict:
-        """See `lib.core.encoder.Method`."""
         return {"method": "BothSides"}
 
 
@@ -59,8 +58,8 @@ class RowPart:
     """The pooling of what does not depend on where the sentence stands in the row.
 
     Args:
-        part: `"all"` is the mean of all tokens, special tokens included; `"first"` the first token's state; `"mask"` that of
-            the token `[MASK]`; `"pooler"` what the model's own pooler makes of the first token, at the last layer alone.
+        part: `"all"` is the mean of all tokens, special tokens included; `"first"` the first token's state; `"mask"` that
+            of the mask token; `"pooler"` what the model's own pooler makes of the first token's last state.
     """
 
     part: str
@@ -71,14 +70,13 @@ class RowPart:
         if self.part == "pooler" and list(layers) != [backbone.num_layers]:
             raise ValueError(f"The pooler of {backbone.name} works on the last state only, not on {list(layers)}.")
         first = torch.zeros_like(batch.last)
-        read = {
+        reads = {
             "all": lambda states: mean_state(states, first, batch.last),
             "first": lambda states: last_state(states, first),
             "mask": lambda states: last_state(states, batch.placeholders[:, 0]),
             "pooler": lambda states: backbone.base.pooler(states),
         }
-        return read_states(backbone, batch.ids, layers, read[self.part])
+        return read_states(backbone, batch.ids, layers, reads[self.part])
 
     def describe(self) -> dict:
-        """See `lib.core.pooling.Pooling`."""
         return {"pooling": self.part}
