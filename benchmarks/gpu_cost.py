@@ -1,7 +1,7 @@
 """Notebook 05's cost tables on a GPU, for a model of Llama-2-7B's shape with random weights, in bfloat16.
 
-Time does not depend on the weights; quality does, so none is reported. The tokenizer is the embedded model's: the vocabulary
-is not Llama-2's, but the embedding is a lookup, and only the plain path runs the LM head. Settings are the paper's (TP
+Time does not depend on the weights; quality does, so none is reported. The tokenizer is the bundled model's: the vocabulary
+is not Llama-2's, but the embedding is a lookup, and only the reference path runs the LM head. Settings are the paper's (TP
 1 -> 7, read at layer 27). The tables go to data/gpu/, where notebook 05 finds them. Run from the project folder:
 
     python -m benchmarks.gpu_cost
@@ -17,17 +17,18 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from benchmarks.encode import PlainPath
-from lib.studies.cost import count_flops, matmul_peak, measure, ratio_quartiles
-from lib.studies.cost_table import GPU_RESULTS, paper_methods, practical_methods, run_methods
-from lib.data.sts import find_source, load_sts
+from benchmarks.encode import ReferencePath
+from lib.core.backbone import Backbone, load_backbone
 from lib.core.devices import device_name
 from lib.core.encoder import SentenceEncoder
-from lib.core.backbone import Backbone, load_backbone
-from lib.report.results import environment
-from lib.studies.settings import Setting
 from lib.core.store import write_atomically
 from lib.core.token_prepending import TokenPrepending
+from lib.data.sources import find_source
+from lib.data.sts import load_sts
+from lib.report.results import environment
+from lib.report.settings import Setting
+from lib.studies.cost import QUARTILES, count_flops, matmul_peak, measure, ratio_quartiles
+from lib.studies.cost_tables import GPU_RESULTS, contenders, run_methods
 
 METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
 WITH_TP = METHODS[2:]
@@ -45,19 +46,18 @@ def random_llama(tokenizer, layers: int, hidden: int, heads: int, intermediate: 
 
 
 def against_reference(backbone: Backbone, setting: Setting, sentences: list[str], rounds: int) -> pd.DataFrame:
-    """PromptEOL and KE with TP: our encoder and the plain path of `benchmarks.encode`, timed in turn."""
+    """PromptEOL and KE with TP: our encoder and the reference path of `benchmarks.encode`, timed in turn."""
     rows = []
     for prompt in ("prompteol", "ke"):
-        encoder = SentenceEncoder(backbone, prompt, setting.tp, setting.exit_layer)
-        paths = {"reference": PlainPath(encoder), "ours": encoder}
+        encoder = SentenceEncoder(backbone, prompt, setting.method, setting.exit_layer)
+        paths = {"reference": ReferencePath(encoder), "ours": encoder}
         calls = {name: lambda path=path: path.encode(sentences) for name, path in paths.items()}
         flops = {name: count_flops(call) for name, call in calls.items()}  # also the warm-up
         seconds, peak = measure(calls, rounds), matmul_peak(backbone.dtype, backbone.device)
         for name in paths:
             speed_up, low, high = ratio_quartiles(seconds["reference"], seconds[name])
             rows.append({
-                "prompt": f"{prompt} + TP", "path": name, "speed-up": speed_up, "lower quartile": low,
-                "upper quartile": high,
+                "prompt": f"{prompt} + TP", "path": name, "speed-up": speed_up, **dict(zip(QUARTILES, (low, high))),
                 "TFLOP": flops[name] / 1e12, "share of peak": flops[name] / min(seconds[name]) / peak,
                 "sentences / s": len(sentences) / min(seconds[name]),
             })
@@ -65,11 +65,11 @@ def against_reference(backbone: Backbone, setting: Setting, sentences: list[str]
 
 
 def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list[str], rounds: int) -> dict[str, pd.DataFrame]:
-    """The paper's protocol on `few` sentences, the practical one and the plain path on `many`: name -> table."""
+    """The paper's protocol on `few` sentences, the practical one and the reference path on `many`: name -> table."""
     settings = dict.fromkeys(WITH_TP, setting)
     return {
-        "paper": run_methods(backbone, paper_methods(METHODS, settings), few, rounds, one_by_one=True),
-        "practical": run_methods(backbone, practical_methods(METHODS, settings), many, rounds, one_by_one=False),
+        "paper": run_methods(backbone, contenders(METHODS, settings, True), few, rounds, one_by_one=True),
+        "practical": run_methods(backbone, contenders(METHODS, settings, False), many, rounds, one_by_one=False),
         "reference": against_reference(backbone, setting, many, rounds),
     }
 
@@ -77,7 +77,7 @@ def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokenizer", type=Path, help="a folder to take the tokenizer from; default: the embedded model's")
+    parser.add_argument("--tokenizer", type=Path, help="a folder to take the tokenizer from; default: the bundled model's")
     for name, default in (("layers", 32), ("hidden", 4096), ("heads", 32), ("intermediate", 11008), ("exit", 27),
                           ("sentences", 24), ("practical-sentences", 512), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> Path:
     device = device_name(backbone.device)
     about = {
         "model": backbone.name, "weights": "random", "dtype": str(backbone.dtype).removeprefix("torch."), "device": device,
-        "tp": setting.tp.describe(), "exit_layer": setting.exit_layer, "data": source.label, "rounds": options.rounds,
+        "tp": setting.method.describe(), "exit_layer": setting.exit_layer, "data": source.label, "rounds": options.rounds,
         "environment": environment(),
     }
     path = options.folder / f"{device.lower().replace(' ', '-')}-{options.layers}x{options.hidden}.json"

@@ -15,31 +15,30 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.core.hooks import block_input
 from lib.core.backbone import Backbone
+from lib.core.forward import block_input
 
 # torch's profiler writes two lines of its own to the terminal for every run, unless told otherwise before its first.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # Square matrices large enough to reach the device's peak.
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+QUARTILES = ("lower quartile", "upper quartile")
 
-PYTHON = "Python, between operations"
+PYTHON, OTHER = "Python, between operations", "other"
 # Where an operation's time is booked; what is not named here is "other".
 OPERATIONS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),
-    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "softmax"),
+    "matrix products": "mm addmm bmm baddbmm matmul linear",
+    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _softmax softmax",
     "norms, activations, sums": (
-        "add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "mean", "sum", "silu", "gelu", "tanh",
-        "sin", "cos", "layer_norm", "native_layer_norm",
+        "add add_ sub mul mul_ div div_ neg pow rsqrt mean sum silu gelu tanh sin cos layer_norm native_layer_norm"
     ),
     "copies and indexing": (
-        "copy_", "_to_copy", "to", "clone", "contiguous", "cat", "index", "index_put_", "_index_put_impl_", "index_select",
-        "embedding", "fill_", "empty", "empty_strided", "empty_like", "repeat", "gather",
+        "copy_ _to_copy to clone contiguous cat index index_put_ _index_put_impl_ index_select embedding fill_ empty "
+        "empty_strided empty_like repeat gather"
     ),
 }
-OTHER = "other"
-GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names} | {PYTHON: PYTHON}
+GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names.split()} | {PYTHON: PYTHON}
 
 
 def measure(paths: dict[Hashable, Callable[[], object]], rounds: int = 3) -> dict[Hashable, list[float]]:

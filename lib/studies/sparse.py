@@ -1,24 +1,20 @@
-"""Sparse retrieval: documents as their aligned tokens in an inverted index (arXiv 2406.17378), built in bounded memory.
+"""Sparse retrieval: documents as their aligned tokens in an inverted index (arXiv 2406.17378).
 
 A ranking is a dict: query id -> document ids, best first. Equal scores go by the documents' order in the corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.sparse import csr_array
-from tqdm import tqdm
 
-Ranking = dict[str, list[str]]
-
-# Deep enough for Recall@100 after documents have been taken out of the ranking.
-DEPTH = 128
-# How many texts' logits are held at once (50 MB with a vocabulary of 50,000).
-LOGIT_ROWS = 256
+from lib.core.backbone import Backbone
+from lib.evaluation.alignment import logit_chunks, mean_logits, output_matrix, top_tokens
+from lib.evaluation.retrieval import DEPTH, Ranking, best_first
+from lib.evaluation.vocabulary import TokenRule, token_classes
 
 # What a document's token weighs, from its logit (minus the corpus mean, if that was taken off).
 WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logits, 0))}
@@ -26,8 +22,12 @@ WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logi
 
 @dataclass(frozen=True)
 class SparseSetting:
-    """How texts become tokens with weights: K aligned tokens of a document, M of a query besides its own, whether logits
-    are taken minus the corpus mean of their token, a key of `WEIGHTS`, and whether weights are multiplied by BM25's idf.
+    """How texts become tokens with weights.
+
+    Args:
+        k: aligned tokens of a document. m: aligned tokens of a query besides its own.
+        centred: whether logits are taken minus the corpus mean of their token.
+        weight: a key of `WEIGHTS`. idf: whether weights are multiplied by BM25's inverse document frequency.
     """
 
     k: int = 128
@@ -35,6 +35,16 @@ class SparseSetting:
     centred: bool = True
     weight: str = "logit"
     idf: bool = False
+
+
+# How logits become weights: name -> what differs from `SparseSetting`'s defaults.
+WEIGHTINGS = {
+    "logit": {"centred": False},
+    "logit - mean": {},
+    "log(1 + logit - mean)": {"weight": "log1p"},
+    "(logit - mean) x idf": {"idf": True},
+    "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
+}
 
 
 @dataclass(frozen=True)
@@ -53,52 +63,19 @@ class AlignedTokens:
         return replace(self, ids=self.ids[index], values=self.values[index])
 
 
-def logit_chunks(
-    embeddings: np.ndarray, logits: Callable[[np.ndarray], np.ndarray], classes: np.ndarray
-) -> Iterator[torch.Tensor]:
-    """The logits of embeddings (texts, hidden), some texts at a time: float32 (rows, vocabulary).
+def collection_tokens(
+    decoder: Backbone, documents: np.ndarray, queries: np.ndarray, layer: int, rule: TokenRule, centred: bool, k: int, m: int
+) -> tuple[AlignedTokens, AlignedTokens]:
+    """The aligned tokens of documents (the first k) and of queries (the first m), from embeddings (texts, hidden).
 
-    Args:
-        logits: (rows, hidden) -> float32 (rows, vocabulary), the model's unembedding.
-        classes: from `lib.evaluation.vocabulary.token_classes`: a token's column holds the logit of its best entry, every other column
-            -inf.
+    `centred` subtracts each token's mean logit over the documents from both.
     """
-    counted = np.flatnonzero(classes >= 0)
-    target = torch.from_numpy(classes[counted])
-    starts = range(0, len(embeddings), LOGIT_ROWS)
-    for begin in tqdm(starts, desc="logits", unit="chunk", leave=False, disable=len(starts) < 5):
-        chunk = torch.from_numpy(logits(embeddings[begin : begin + LOGIT_ROWS]))
-        merged = torch.full_like(chunk, -torch.inf)
-        yield merged.scatter_reduce_(1, target.expand(len(chunk), -1), chunk[:, counted], "amax")
-
-
-def mean_logits(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Each token's mean logit over all texts, float32 (vocabulary,), from chunks of their logits."""
-    total, count = 0.0, 0
-    for chunk in chunks:
-        total, count = total + chunk.sum(dim=0, dtype=torch.float64), count + len(chunk)
-    return (total / count).float()
-
-
-def strongest_tokens(chunks: Iterable[torch.Tensor], k: int, mean: torch.Tensor | None = None) -> AlignedTokens:
-    """The k aligned tokens of each text, from chunks of their logits.
-
-    Args:
-        mean: from `mean_logits` over the documents; it is taken off before the tokens are chosen, and from queries too.
-
-    Raises:
-        ValueError: fewer than k tokens count.
-    """
-    ids, values = [], []
-    for chunk in chunks:
-        if mean is not None:
-            chunk = torch.where(mean.isneginf(), -torch.inf, chunk - mean)
-        best = chunk.topk(min(k, chunk.shape[1]))
-        if best.values.shape[1] < k or best.values[:, -1].isneginf().any():
-            raise ValueError(f"There are fewer than k={k} tokens that count.")
-        ids.append(best.indices.numpy().astype(np.int32))
-        values.append(best.values.numpy())
-    return AlignedTokens(np.concatenate(ids), np.concatenate(values), chunk.shape[1], mean is not None)
+    size = len(output_matrix(decoder))
+    classes = token_classes(decoder.tokenizer, size, rule)
+    mean = mean_logits(logit_chunks(decoder, documents, layer, classes)) if centred else None
+    found = (top_tokens(decoder, *side, classes, mean) for side in ((documents, layer, k), (queries, layer, m)))
+    first, second = (AlignedTokens(ids.astype(np.int32), values, size, centred) for ids, values in found)
+    return first, second
 
 
 class SparseRetriever:
@@ -146,7 +123,7 @@ class SparseRetriever:
         return csr_array((np.ones(len(columns), np.float32), columns, starts), shape=(len(sets), self.index.shape[0]))
 
     def search(self, query_ids: Sequence[str], queries: csr_array, depth: int = DEPTH) -> Ranking:
-        """`queries`: from the method of that name, one row for each id."""
+        """The ranking of each query; `queries` is from the method of that name, with a row for each id."""
         ranking = {}
         for i, query in enumerate(query_ids):
             scores = queries[i : i + 1] @ self.index
@@ -155,11 +132,15 @@ class SparseRetriever:
 
     @property
     def bytes_per_document(self) -> float:
+        """Of the index, mean over the documents."""
         return sum(part.nbytes for part in (self.index.data, self.index.indices, self.index.indptr)) / len(self.document_ids)
 
     def operations(self, queries: csr_array) -> np.ndarray:
-        """Additions for each query: the entries of the index (postings) that it touches. A query with m > 0 has to be put
-        through the unembedding besides: hidden x vocabulary multiply-adds, whatever the size of the collection."""
+        """Additions for each query: the entries of the index (postings) that it touches.
+
+        A query with m > 0 has to be put through the unembedding besides: hidden x vocabulary multiply-adds, whatever the
+        size of the collection.
+        """
         return queries @ self.frequency
 
     def _first(self, tokens: AlignedTokens, count: int) -> AlignedTokens:
@@ -169,11 +150,3 @@ class SparseRetriever:
         if tokens.centred != self.setting.centred:
             raise ValueError(f"The setting has centred={self.setting.centred}, the aligned tokens centred={tokens.centred}.")
         return tokens[:, :count]
-
-
-def best_first(places: np.ndarray, scores: np.ndarray, depth: int) -> np.ndarray:
-    """The places with the highest scores, best first; among equals the lowest place."""
-    if len(scores) > depth:
-        kept = scores >= np.partition(scores, -depth)[-depth]
-        places, scores = places[kept], scores[kept]
-    return places[np.lexsort((places, -scores))[:depth]]
