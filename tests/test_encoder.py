@@ -1,7 +1,9 @@
 """Sentences in, embeddings out: order, batches, pooling, prompts, bad input, the store, and the embedded model."""
 
+import contextlib
 import copy
 import csv
+import dataclasses
 import os
 import warnings
 from pathlib import Path
@@ -31,7 +33,9 @@ import lib.core.encoder
 from lib.core.batches import token_batches
 from lib.core.encoder import SentenceEncoder
 from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.core.pooling import POOLINGS
+from lib.core.forward import block_input, replace_input
+from lib.core.pooling import POOLINGS, Mean
+from lib.core.postprocess import MeanRemoved, Normalise
 from lib.core.prompts import PROMPTS, Prompt, clean_sentence
 from lib.core.store import EmbeddingStore, write_atomically
 from lib.core.token_prepending import TokenPrepending
@@ -678,3 +682,92 @@ def test_states_that_are_not_finite_are_refused(backbone, tmp_path):
         encoder.encode(SENTENCES)
     handle.remove()
     assert not list(tmp_path.rglob("*.npy"))
+
+
+# The four choices
+
+
+def test_other_choices_on_the_same_model(backbone):
+    encoder = SentenceEncoder(backbone, "ke", TP, exit_layer=2, max_length=100)
+    changed = encoder.changed(prompt="cot", method=None)
+    assert (changed.prompt.name, changed.method, changed.exit_layer, changed.max_length) == ("cot", None, 2, 100)
+    assert np.array_equal(changed.encode(SENTENCES), SentenceEncoder(backbone, "cot", None, 2).encode(SENTENCES))
+    assert encoder.describe() != changed.describe() and encoder.changed().describe() == encoder.describe()
+
+
+def test_a_postprocess_is_applied_to_the_exit_layer_alone(backbone, tmp_path):
+    mean = np.arange(HIDDEN)
+    encoder = SentenceEncoder(backbone, "prompteol", TP, 2, postprocess=MeanRemoved(mean), store=EmbeddingStore(tmp_path))
+    expected = SentenceEncoder(backbone, "prompteol", TP, 2).encode(SENTENCES)
+    for _ in range(2):  # what is stored is the embedding before it
+        np.testing.assert_allclose(encoder.encode(SENTENCES), expected - mean, atol=1e-5)
+    assert np.array_equal(stored(backbone, tmp_path, exit_layer=2).changed(share_prefix=True).encode(SENTENCES), expected)
+    with pytest.raises(ValueError, match="postprocess belongs to layer 2"):
+        encoder.encode_layers(SENTENCES, [1, 2])
+    lengths = np.linalg.norm(encoder.changed(postprocess=Normalise()).encode(SENTENCES), axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
+
+
+def test_a_method_and_a_pooling_of_ones_own(backbone):
+    """Ten lines make a method: here one that doubles the last token's state before block 2."""
+
+    class Doubled:
+        def templates(self, prompt):
+            return prompt.templates
+
+        def check(self, backbone):
+            assert backbone.num_layers > 2
+
+        def describe(self):
+            return {"method": "Doubled"}
+
+        @contextlib.contextmanager
+        def attach(self, backbone, batch):
+            def double(_, args, kwargs):
+                states = block_input(args, kwargs).clone()
+                states[torch.arange(len(states)), batch.last] *= 2
+                return replace_input(states, args, kwargs)
+
+            handle = backbone.layers[2].register_forward_pre_hook(double, with_kwargs=True)
+            yield
+            handle.remove()
+
+    found = SentenceEncoder(backbone, "prompteol", Doubled(), pooling=Mean()).encode("No.")
+    ids = backbone.tokenizer(PROMPTS["prompteol"].templates[0].replace("{sentence}", "No."))["input_ids"]
+
+    def change(i, h, block, args, kwargs, states):
+        if i == 2:
+            h[:, -1] *= 2
+        return h, kwargs
+
+    text = PROMPTS["prompteol"].templates[0].replace("{sentence}", "No.")
+    states, encoded = loop_states(backbone, ids, change=change)[LAYERS].numpy(), backbone.tokenizer(text, return_offsets_mapping=True)
+    first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > text.index("No."))
+    assert_same(found, states[first:].mean(axis=0))
+    assert_same(SentenceEncoder(backbone, "prompteol", Doubled()).encode("No."), states[-1])
+
+
+def test_placeholders_at_independent_positions(backbone):
+    prompt = Prompt("two", ('<PST> this sentence : <PST> "{sentence}" means in one word:"',))
+    found = SentenceEncoder(backbone, prompt, TP).encode_layers(SENTENCES, [2, LAYERS])
+    for i, sentence in enumerate(SENTENCES):
+        ids = official_ids(backbone.tokenizer, prompt.templates[0].replace("{sentence}", prompt.prepare(sentence)))
+        places = [k for k, token in enumerate(ids) if token == SPARE_TOKEN]
+        assert len(places) == 2 and places[1] > places[0] + 2
+        expected = loop_states(backbone, ids, [(TP.start, TP.end, places)], TP.initial_vector(backbone))
+        for layer in (2, LAYERS):
+            assert_same(found[layer][i], expected[layer][-1], f"{sentence!r}, layer {layer}")
+
+
+def test_the_key_holds_the_batches_and_no_prose(backbone, count_passes, tmp_path):
+    """What decides the rounding counts; why a dtype was chosen does not."""
+    encoder = stored(backbone, tmp_path)
+    encoder.encode(SENTENCES)
+    for changed, options in ((encoder, {"batch_size": 2}), (encoder.changed(share_prefix=True), {})):
+        count_passes.clear()
+        changed.encode(SENTENCES, **options)
+        assert count_passes
+    reasoned = dataclasses.replace(backbone, notes={"dtype_reason": "another reason"})
+    count_passes.clear()
+    stored(reasoned, tmp_path).encode(SENTENCES)
+    assert not count_passes
