@@ -1,7 +1,7 @@
 """Which releases of `transformers` does the package work with, and for which families of models?
 
 Each release gets a throw-away venv of its own, in which the project's tests of tiny random models are run: the states of
-the plain model and of TP equal the loop over the blocks, at every exit layer, on whole prompts and with a shared prefix.
+the baseline and of TP equal the loop over the blocks, at every exit layer, on whole prompts and with a shared prefix.
 Run from the project folder (15 minutes on two cores, 3 GB of disk while it runs):
 
     python -m benchmarks.transformers_matrix
@@ -28,7 +28,7 @@ from string import ascii_lowercase
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "figures" / "transformers_matrix.md"
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-SHARED = [f"{name}=={PINS[name]}" for name in ("torch", "numpy", "tqdm", "pytest")]
+SHARED = [f"{name}=={PINS[name]}" for name in ("torch", "numpy", "tqdm", "PyYAML", "pytest")]
 VERSIONS = [PINS["transformers"], "5.17.0", "5.0.0", "4.57.6", "4.56.2", "4.53.3", "4.51.3", "4.48.3", "4.45.2"]
 
 
@@ -54,7 +54,7 @@ def check_families() -> None:
     warnings.filterwarnings("error", message=".*cannot reuse a prompt's prefix")
     steps = {
         "build": tiny_backbone,
-        "plain": tests.test_the_loop_itself_gives_the_states_of_the_plain_model,
+        "baseline": tests.test_the_loop_itself_gives_the_states_of_the_model,
         "TP": lambda family: [tests.test_encoder_equals_the_loop(family, name, False) for name in tests.SETTINGS],
         "prefix": lambda family: [tests.test_encoder_equals_the_loop(family, name, True) for name in tests.SETTINGS],
         "early exit": tests.test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens,

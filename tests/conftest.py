@@ -36,14 +36,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The embedded model in float32, the dtype of all reference numbers. Nothing may change it."""
+    """The bundled model in float32, the dtype of all reference numbers. Nothing may change it."""
     from lib.core.backbone import ModelNotFoundError, load_backbone
 
     try:
         with threads(1):
             return load_backbone("smollm2", dtype="float32", device="cpu")
     except ModelNotFoundError as error:
-        pytest.skip(f"The embedded model is not here: {error}")
+        pytest.skip(f"The bundled model is not here: {error}")
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def no_data(monkeypatch, tmp_path):
     """No source known, no data but the sample, and a hub that is not asked."""
     for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TP_HUB_UNREACHABLE", "1")
     monkeypatch.setattr(sources, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
     sources.forget_sources()
+    sources.assume_hub_unreachable("tests do not ask it")
     yield
     sources.forget_sources()

@@ -2,10 +2,15 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
+from lib.data import sources
+
+COMMIT = "c" * 40
 # What the hub keeps as large files and states the SHA-256 of; of others it states git's SHA-1.
 LARGE = (".tar", "corpus.jsonl")
 
@@ -13,9 +18,9 @@ LARGE = (".tar", "corpus.jsonl")
 class FakeHub:
     """Serves `files` (name -> bytes) of every repository, and behaves as `mode` says.
 
-    `stated` (name -> hash) is said in place of the true hash; `requests` is what it was asked. Modes: good, redirect (large
-    files lie on another host), hang, drip (never silent for long enough to be a time-out of the connection), an HTTP
-    status, and "GET fails".
+    `stated` (name -> hash) is said in place of the true hash; `requests` is what it was asked. Modes: good, hang, drip
+    (never silent for long), drop (no answer), page (a web page, as of a hotel's network), an HTTP status, and "GET
+    fails" (403 for a file that there is).
     """
 
     def __init__(self, files):
@@ -26,40 +31,41 @@ class FakeHub:
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
                 hub.requests.append((self.command, self.path))
-                name = re.sub(r".*/resolve/[^/]+", "", self.path).removeprefix("/")
-                if hub.mode == "hang":
-                    hub.closing.wait(60)
+                path = urlsplit(self.path).path
+                name = re.sub(r".*/resolve/[^/]+", "", path).removeprefix("/")
+                if hub.mode in ("hang", "drop"):
+                    hub.closing.wait(60 if hub.mode == "hang" else 0)
                 elif hub.mode == "drip":
                     self.wfile.write(b"HTTP/1.1 200 OK\r\n")
                     while not hub.closing.wait(0.05):
                         self.wfile.write(b"X-Drip: drop\r\n")
+                elif hub.mode == "page":
+                    self.answer(b"<html>Welcome! Please accept our terms.</html>")
                 elif hub.mode.isdigit():
                     self.send_error(int(hub.mode))
-                elif hub.mode == "GET fails" and self.command == "GET":
-                    self.send_error(403)
-                elif name not in hub.files:
-                    self.send_error(404)
+                elif path.startswith("/api/"):
+                    about = {"id": path.removeprefix("/api/datasets/"), "sha": COMMIT}
+                    self.answer(json.dumps([*map(hub.entry, hub.files)] if "/tree/" in path else about).encode())
+                elif name not in hub.files or (hub.mode == "GET fails" and self.command == "GET"):
+                    self.send_error(403 if name in hub.files else 404)
                 else:
                     self.send_file(name, hub.files[name])
 
             do_GET = do_HEAD
 
             def send_file(self, name, content):
-                large, away = name.endswith(LARGE), hub.mode == "redirect" and "/resolve/" in self.path
-                self.send_response(302 if away else 200)
-                self.send_header("X-Repo-Commit", "c" * 40)
-                if large:
-                    self.send_header("X-Linked-Etag", f'"{hub.stated.get(name, hashlib.sha256(content).hexdigest())}"')
-                    self.send_header("X-Linked-Size", str(len(content)))
-                    self.send_header("ETag", '"the hash of something else"')
-                else:
-                    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-                    self.send_header("ETag", f'"{hub.stated.get(name, git)}"')
-                self.send_header("Content-Length", str(0 if away else len(content)))
-                if away:
-                    self.send_header("Location", f"{hub.url.replace('127.0.0.1', 'localhost')}/{name}")
+                entry = hub.entry(name)
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{entry["oid"]}"'}
+                if "lfs" in entry:
+                    headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
+                self.answer(content, headers)
+
+            def answer(self, content, headers=()):
+                self.send_response(200)
+                for key, value in {**dict(headers), "Content-Length": str(len(content))}.items():
+                    self.send_header(key, value)
                 self.end_headers()
-                if self.command == "GET" and not away:
+                if self.command == "GET":
                     self.wfile.write(content)
 
             def log_message(self, *_):
@@ -74,7 +80,32 @@ class FakeHub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
+    def entry(self, name):
+        """What the listing of a repository says of a file."""
+        content = self.files[name]
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"type": "file", "path": name, "size": len(content), "oid": git}
+        if not name.endswith(LARGE):
+            return entry | {"oid": self.stated.get(name, git)}
+        sha256 = self.stated.get(name, hashlib.sha256(content).hexdigest())
+        return entry | {"lfs": {"oid": sha256, "size": len(content), "pointerSize": 134}}
+
+    def sent(self, name):
+        """How often a file itself was asked for."""
+        return sum(command == "GET" and "/resolve/" in path and path.endswith(name) for command, path in self.requests)
+
     def close(self):
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+@contextlib.contextmanager
+def serving(files, monkeypatch):
+    """A `FakeHub` that `lib.data` asks."""
+    hub = FakeHub(files)
+    sources.forget_sources()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    yield hub
+    hub.close()

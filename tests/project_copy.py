@@ -14,17 +14,18 @@ class Copy:
 
     def __init__(self, folder: Path, models: Path | None = None):
         self.folder = folder
-        ignore = shutil.ignore_patterns("__pycache__")
         for name in ("lib", "notebooks", "configs", "data/sample", "data/paper"):
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         if models:
             (folder / "data" / "cache").mkdir()
             (folder / "data" / "cache" / "models").symlink_to(models)
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        """`run_all.sh smoke` with these arguments."""
-        left_out = ("TP_DATA_DIR", "TP_RUN_LOG", "TP_FRESH_SINCE", "PYTEST_XDIST_WORKER")
-        environment = {k: v for k, v in os.environ.items() if k not in left_out} | {"TP_HUB_UNREACHABLE": "1"}
+        """`run_all.sh smoke` with these arguments, on the sample data; on one thread if other tests run beside it."""
+        left_out = ("TP_DATA_DIR", "PYTEST_XDIST_WORKER")
+        environment = {k: v for k, v in os.environ.items() if k not in left_out} | {"HF_HUB_OFFLINE": "1"}
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            environment["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "lib.run", "smoke", *arguments]
         with open(self.folder / "run.log", "ab") as log:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)

@@ -1,11 +1,9 @@
-"""Logits, token rules, alignment metrics, their intervals and the spectrum: against models' own heads and hand computation."""
+"""Logits, token rules, alignment metrics and their intervals: against models' own heads and hand computation."""
 
-import itertools
+import copy
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backbone
@@ -14,8 +12,9 @@ from tokenizers import models as token_models
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from lib.core.backbone import Backbone
+from lib.core.encoder import SentenceEncoder
 from lib.evaluation import alignment
-from lib.report import results
 from lib.evaluation.alignment import (
     aligned_tokens,
     alignment_metrics,
@@ -23,22 +22,12 @@ from lib.evaluation.alignment import (
     decode_logits,
     embedding_ranks,
     final_states,
-    stored_ranks,
+    logit_chunks,
+    mean_logits,
     token_lines,
     token_ranks,
     top_tokens,
 )
-from lib.core.encoder import SentenceEncoder
-from lib.report.plots_alignment import (
-    contribution_bars,
-    layer_curves,
-    scores_by_method,
-    shift_curves,
-    token_bars,
-    token_labels,
-    variation_stems,
-)
-from lib.studies.spectrum import centre, component_variation, contributions, principal_components, remove_component, shift_component
 from lib.evaluation.vocabulary import (
     CONTENT_RULE,
     DEFAULT_RULE,
@@ -55,7 +44,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # A byte-level vocabulary by hand. Bytes C3 and E3 are parts of characters; lower case would turn the name of one into
 # the other's ("Ã" into "ã").
 ENTRIES = ["<s>", "dog", "Ġdog", "Dog", "ĠDog", "the", "ĠThe", ".", "Ġ", "Ã", "ã", "ĠĠ", "run", "n't", "Ċ", "7"]
-DOG, OF_DOG, BIG_DOG, OF_BIG_DOG, THE, OF_THE, STOP, SPACE, C3, E3, SPACES, RUN, NOT, LINE, SEVEN = range(1, len(ENTRIES))
+PLACES = range(1, len(ENTRIES))
+DOG, OF_DOG, BIG_DOG, OF_BIG_DOG, THE, OF_THE, STOP, SPACE, C3, E3, SPACES, RUN, NOT, LINE, SEVEN = PLACES
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +63,8 @@ def head(weight, bias=None, norm=None, layers=2):
     if bias is not None:
         linear.bias.data = torch.as_tensor(bias)
     return SimpleNamespace(
-        unembedding=linear.requires_grad_(False), final_norm=norm, num_layers=layers, name="by hand", dtype=weight.dtype,
-        layer_index=lambda n: n + layers + 1 if n < 0 else n,
+        unembedding=linear.requires_grad_(False), final_norm=norm, num_layers=layers, name="by hand",
+        dtype=weight.dtype, layer_index=lambda n: n + layers + 1 if n < 0 else n,
     )
 
 
@@ -97,7 +87,7 @@ def test_states_before_the_last_go_through_the_final_norm(family):
         state = backbone.base(input_ids=torch.tensor([[5, 60, 70, 80]]), output_hidden_states=True).hidden_states[2][0]
         expected = _after_last_block(backbone.base, state)
     if family == "opt_narrow":  # its unembedding reads 16 of 32 dimensions, by way of a projection
-        with pytest.raises(ValueError, match="State 2 of tiny-opt_narrow has 32 dimensions, but its unembedding reads 16"):
+        with pytest.raises(ValueError, match="tiny-opt_narrow"):
             decode_logits(backbone, state.numpy(), 2)
         return
     np.testing.assert_allclose(final_states(backbone, state.numpy(), 2), expected, rtol=1e-5, atol=1e-5)
@@ -110,9 +100,36 @@ def test_states_before_the_last_go_through_the_final_norm(family):
 def test_a_model_without_a_final_norm_is_decoded_as_it_is():
     states = np.array([[1.0, 2.0]], np.float32)
     np.testing.assert_array_equal(decode_logits(head(torch.eye(2)), states, 1), states)
-    doubled = head(torch.eye(2), norm=lambda x: 2 * x)
-    np.testing.assert_array_equal(decode_logits(doubled, states, 1), 2 * states)
-    np.testing.assert_array_equal(decode_logits(doubled, states, 2), states)
+    normed = head(torch.eye(2), norm=nn.LayerNorm(2))
+    np.testing.assert_allclose(decode_logits(normed, states, 1), [[-1, 1]], atol=1e-4)
+    np.testing.assert_array_equal(decode_logits(normed, states, 2), states)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_norm_states_in_float32(family, dtype):
+    """A state before the final norm can be larger than float16 holds. The same model in float32 is the reference."""
+    half = copy.deepcopy(tiny_backbone(family).model).to(dtype)
+    exact = copy.deepcopy(half).float()
+    half, exact = (Backbone.from_model(model, build_tokenizer(), family) for model in (half, exact))
+    states = 1e6 * np.random.default_rng(0).normal(size=(3, half.hidden_size)).astype(np.float32)
+    weights = {name: weight.clone() for name, weight in half.final_norm.named_parameters()}
+    with torch.inference_mode():
+        expected = exact.final_norm(torch.tensor(states)).numpy()
+    np.testing.assert_allclose(final_states(half, states, 2), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(decode_logits(half, states, 2), decode_logits(exact, states, 2), rtol=1e-5, atol=1e-4)
+    for name, weight in half.final_norm.named_parameters():
+        assert weight.dtype == weights[name].dtype and torch.equal(weight, weights[name])
+
+
+def test_logits_that_are_not_finite_are_refused():
+    backbone = tiny_backbone()
+    states = np.ones((2, backbone.hidden_size), np.float32)
+    states[1, 0] = np.inf
+    for decode in (decode_logits, top_tokens):
+        for layer in (2, -1):
+            with pytest.raises(FloatingPointError, match="tiny-llama"):
+                decode(backbone, states, layer)
 
 
 def test_half_precision_models_get_float32_logits():
@@ -122,21 +139,22 @@ def test_half_precision_models_get_float32_logits():
     logits = decode_logits(head(weight, bias=torch.ones(300).bfloat16()), states.numpy())
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, states.double() @ weight.double().T + 1, atol=1e-4)
-    assert any(len(np.unique(row.bfloat16().float())) < 300 for row in torch.from_numpy(logits))  # as bfloat16 they would tie
+    assert any(len(np.unique(row.bfloat16().float())) < 300 for row in torch.from_numpy(logits))  # they would tie
 
 
 def test_chunks_of_texts_and_of_the_vocabulary_change_nothing(monkeypatch):
     generator = np.random.default_rng(0)
-    backbone = head(generator.normal(size=(37, 8)).astype(np.float32), bias=generator.normal(size=37).astype(np.float32))
-    states = generator.normal(size=(11, 8)).astype(np.float32)
+    weight, bias, states = (generator.normal(size=size).astype(np.float32) for size in ((37, 8), 37, (11, 8)))
+    backbone = head(weight, bias)
     whole, best = decode_logits(backbone, states), top_tokens(backbone, states, k=6)
     monkeypatch.setattr(alignment, "LOGIT_BYTES", 3 * 37 * 4)
     monkeypatch.setattr(alignment, "ROWS", 5)
-    assert [len(chunk) for chunk in alignment._logits(backbone, states, -1)] == [3, 3, 3, 2]
+    assert [len(chunk) for chunk in logit_chunks(backbone, states)] == [3, 3, 3, 2]
     np.testing.assert_allclose(decode_logits(backbone, states), whole, atol=1e-5)
     np.testing.assert_array_equal(top_tokens(backbone, states, k=6)[0], best[0])
     np.testing.assert_array_equal(best[0], np.argsort(-whole, axis=1)[:, :6])
     np.testing.assert_allclose(best[1], -np.sort(-whole, axis=1)[:, :6])
+    np.testing.assert_allclose(mean_logits(logit_chunks(backbone, states)), whole.mean(axis=0), atol=1e-6)
 
 
 def test_the_head_of_a_masked_model_is_used_whole():
@@ -149,9 +167,8 @@ def test_the_head_of_a_masked_model_is_used_whole():
     )
     with torch.inference_mode():
         output = model(input_ids=torch.tensor([[4, 5, 6]]), output_hidden_states=True)
-    np.testing.assert_allclose(decode_logits(backbone, output.hidden_states[-1][0].numpy()), output.logits[0], atol=1e-5)
-    with pytest.raises(ValueError, match="not linear"):
-        contributions(backbone, output.hidden_states[-1][0, 0].numpy(), np.ones(16) / 4)
+    logits = decode_logits(backbone, output.hidden_states[-1][0].numpy())
+    np.testing.assert_allclose(logits, output.logits[0], atol=1e-5)
 
 
 def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stands():
@@ -160,12 +177,26 @@ def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stan
     classes = np.array([0, 1, 1, -1, 0, 5])
     ids, logits = top_tokens(backbone, states, k=3, classes=classes)
     assert ids.tolist() == [[1, 0, 5], [0, 5, 1]] and logits.tolist() == [[9, 3, 2], [6, 5, 2]]
-    with pytest.raises(ValueError, match="from 1 to the number of tokens, 3; got 4"):
+    (merged,) = logit_chunks(backbone, states, classes=classes)
+    gone = -np.inf
+    assert merged.dtype == torch.float32 and merged[0].tolist() == [3, 9, gone, gone, gone, 2]
+    with pytest.raises(ValueError, match="3; got 4"):
         top_tokens(backbone, states, k=4, classes=classes)
-    with pytest.raises(ValueError, match="number of tokens, 6; got 0"):
+    with pytest.raises(ValueError, match="6; got 0"):
         top_tokens(backbone, states, k=0)
-    with pytest.raises(ValueError, match=r"shape \(texts, hidden\), got \(6,\)"):
+    with pytest.raises(ValueError, match=r"\(6,\)"):
         top_tokens(backbone, states[0], k=3)
+
+
+def test_the_mean_of_a_collection_is_taken_off_before_tokens_are_chosen():
+    backbone, classes = head(torch.eye(5)), np.array([0, 1, 0, 3, -1])
+    states = np.array([[5, 0, 7, 3, 9], [0, 4, 2, 6, 9]], np.float32)
+    plain = top_tokens(backbone, states, k=3, classes=classes)
+    assert plain[0].tolist() == [[0, 3, 1], [3, 1, 0]] and plain[1].tolist() == [[7, 3, 0], [6, 4, 2]]
+    mean = mean_logits(logit_chunks(backbone, states, classes=classes))
+    assert mean.tolist() == [4.5, 2, -np.inf, 4.5, -np.inf]
+    ids, values = top_tokens(backbone, states, k=3, classes=classes, mean=mean)
+    assert ids.tolist() == [[0, 3, 1], [1, 3, 0]] and values.tolist() == [[2.5, -1.5, -2], [2, 1.5, -2.5]]
 
 
 def test_lines_of_tokens_mark_those_of_the_text(tokenizer):
@@ -272,12 +303,12 @@ def test_ranks_by_hand():
 
 def test_metrics_by_hand():
     metrics = alignment_metrics(token_ranks(TOP, TEXTS), ks=(1, 2, 5))
-    assert metrics["Hit@1"].tolist() == [0, 0] and metrics["Hit@2"].tolist() == [1, 0] and metrics["Hit@5"].tolist() == [1, 1]
+    assert metrics[["Hit@1", "Hit@2", "Hit@5"]].to_numpy().tolist() == [[0, 1, 1], [0, 0, 1]]
     # Of {3, 5, 1} the prefix of length 4 holds 3 and 5, cut at 2 only 3; of {0, 9} the prefix of length 2 holds none.
     np.testing.assert_allclose(metrics["LAR"], [2 / 3, 0])
     np.testing.assert_allclose(metrics["LAR@2"], [1 / 3, 0])
     np.testing.assert_allclose(metrics["LAR@5"], [2 / 3, 0])
-    with pytest.raises(ValueError, match="Hit@7 needs deeper rankings than 6"):
+    with pytest.raises(ValueError, match="Hit@7"):
         alignment_metrics(token_ranks(TOP, TEXTS), ks=(1, 7))
     scores = alignment_scores({"a": token_ranks(TOP, TEXTS)}, ks=(2, 5), draws=20).set_index("metric")["value"]
     assert scores["Hit@5"] == 1 and scores["LAR"] == pytest.approx(1 / 3)
@@ -314,11 +345,10 @@ def test_metrics_equal_the_official_definition_on_random_rankings(k):
 
 
 def test_rankings_that_are_too_shallow_or_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="A text has 4 tokens, but the rankings end after 3"):
-        token_ranks(TOP[:, :3], TEXTS)
-    with pytest.raises(ValueError, match="2 rankings, but 1 texts"):
-        token_ranks(TOP, TEXTS[:1])
-    with pytest.raises(ValueError, match="same tokens of the same texts"):
+    for top, texts in ((TOP[:, :3], TEXTS), (TOP, TEXTS[:1])):
+        with pytest.raises(ValueError, match="end after"):
+            token_ranks(top, texts)
+    with pytest.raises(ValueError, match="same items"):
         alignment_scores({"a": token_ranks(TOP, TEXTS), "b": token_ranks(TOP, TEXTS[::-1])}, ks=(1,))
 
 
@@ -328,29 +358,30 @@ def random_runs(count=40):
     return texts, {run: np.stack([generator.permutation(80)[:20] for _ in range(count)]) for run in ("a", "b")}
 
 
-def test_intervals_equal_resampling_text_by_text():
+def test_intervals_are_those_of_resampling_text_by_text():
     texts, tops = random_runs()
     runs = {run: token_ranks(top, texts) for run, top in tops.items()}
-    table = alignment_scores(runs, ks=(10,), reference="b", draws=60)
-    weights = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), size=60)
-    drawn = {run: [] for run in tops}
-    for row in weights:
-        chosen = np.repeat(np.arange(40), row)
+    table = alignment_scores(runs, ks=(10,), reference="b", draws=4000)
+    assert table["run"].tolist() == ["a"] * 5 + ["b"] * 5
+    assert table["metric"].tolist() == ["Hit@10", "LAR@10", "LAR", "GAR@10", "GAR"] * 2
+    table, drawn = table.set_index(["run", "metric"]), {run: [] for run in tops}
+    for chosen in np.random.default_rng(1).integers(0, 40, (2000, 40)):
         for run, top in tops.items():
-            hit, local, overall = official_scores(top[chosen], [texts[i] for i in chosen], 20)
-            drawn[run].append((official_scores(top[chosen], [texts[i] for i in chosen], 10)[0], local, overall))
+            whole = official_scores(top[chosen], [texts[i] for i in chosen], 20)
+            drawn[run].append((official_scores(top[chosen], [texts[i] for i in chosen], 10)[0], *whole[1:]))
     drawn = {run: np.array(values) for run, values in drawn.items()}
-    table = table.set_index(["run", "metric"])
     for column, metric in enumerate(("Hit@10", "LAR", "GAR")):
-        for names, values in ((("value", "low", "high"), drawn["a"]),
-                              (("difference", "difference_low", "difference_high"), drawn["a"] - drawn["b"])):
-            measured, values = table.loc[("a", metric), names[0]], values[:, column]
-            if metric == "GAR":
+        for kind, values in (("value", drawn["a"]), ("difference", drawn["a"] - drawn["b"])):
+            measured, values = table.loc[("a", metric), kind], values[:, column]
+            if metric == "GAR":  # a resample has fewer distinct tokens
                 values = values - values.mean() + measured
-            interval = table.loc[("a", metric), list(names[1:])].astype(float)
-            np.testing.assert_allclose(interval, np.percentile(values, [2.5, 97.5]))
-    own = table.loc["b"]
-    assert (own[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
+            ends = ["low", "high"] if kind == "value" else ["difference_low", "difference_high"]
+            low, high = np.percentile(values, [2.5, 97.5])
+            step = {"Hit@10": 1 / 40, "LAR": 1 / 240, "GAR": 1 / 70}[metric]  # scores of resamples lie so far apart
+            assert table.loc[("a", metric), ends].to_list() == pytest.approx([low, high], abs=1.2 * step)
+    assert (table.loc["b"].filter(like="difference") == 0).all(axis=None)
+    plain = alignment_scores(runs, ks=(10,), draws=0)
+    assert list(plain.columns) == ["run", "metric", "value"] and plain["value"].tolist() == table["value"].tolist()
 
 
 def test_rankings_as_deep_as_the_longest_text():
@@ -364,24 +395,7 @@ def test_rankings_as_deep_as_the_longest_text():
         assert row.rank == 1 + (logits[row.text] > logits[row.text, row.token]).sum()
 
 
-def test_stored_ranks_are_computed_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    encoder = SentenceEncoder(tiny_backbone(), "prompteol")
-    texts = ["A dog.", "The plane takes off."]
-    first = stored_ranks(encoder, texts, {"name": "by hand"}, layers=[2, -1])
-    again = stored_ranks(encoder, texts, {"name": "by hand"}, layers=[2, -1])
-    other = stored_ranks(encoder, texts, {"name": "by hand"}, layers=[2, -1], rule=OFFICIAL_RULE)
-    assert (first.reused, again.reused, other.reused) == (False, True, False)
-    pd.testing.assert_frame_equal(first.value, again.value)
-    assert sorted(first.value["layer"].unique()) == [2, 4]
-    of_last = first.value[first.value["layer"] == 4].drop(columns="layer")
-    expected = embedding_ranks(encoder.backbone, encoder.encode(texts), -1, texts)
-    pd.testing.assert_frame_equal(of_last.reset_index(drop=True), expected)
-    scores = alignment_scores({"last": of_last}, draws=10)
-    assert scores["value"].between(0, 1).all()
-
-
-def test_the_embedded_model(smollm2):
+def test_the_bundled_model(smollm2):
     text = "The capital of France is"
     encoder = SentenceEncoder(smollm2, "none")
     with torch.inference_mode():
@@ -398,119 +412,3 @@ def test_the_embedded_model(smollm2):
     scores = alignment_scores({"prompteol": ranks}, draws=10).set_index("metric")["value"]
     np.testing.assert_allclose(scores[["Hit@10", "LAR@10", "GAR@10"]], (hit, local, overall))
     assert hit == 1 and 0 < local < 1
-
-
-# --- spectrum ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("centred", [False, True])
-def test_components_equal_numpys(centred):
-    embeddings = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 2
-    components, values = principal_components(embeddings, centre=centred)
-    shifted = embeddings.astype(np.float64) - (embeddings.astype(np.float64).mean(axis=0) if centred else 0)
-    _, expected_values, expected = np.linalg.svd(shifted, full_matrices=False)
-    np.testing.assert_allclose(values, expected_values)
-    np.testing.assert_allclose(np.abs(np.sum(components * expected, axis=1)), 1)
-    np.testing.assert_allclose(components @ components.T, np.eye(8), atol=1e-12)
-    assert (components @ embeddings.mean(axis=0) > 0).all()
-    np.testing.assert_allclose(principal_components(-embeddings, centre=centred)[0], -components, atol=1e-9)
-
-
-def test_components_by_hand():
-    components, values = principal_components(np.array([[-3.0, 0.0], [-3.0, 0.0], [0.0, 2.0]]))
-    np.testing.assert_allclose(components, [[-1, 0], [0, 1]], atol=1e-12)
-    np.testing.assert_allclose(values, [np.sqrt(18), 2])
-
-
-def test_variation_by_hand():
-    backbone = np.array([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]], np.float32)
-    embedder = np.array([[1.0, 1.0, 2.0], [-1.0, 1.0, -2.0]], np.float32)
-    table = component_variation(backbone, embedder, np.eye(3)[:2])
-    # Changes (-1, 1, 2) and (-5, 1, -2), mean (-3, 1, 0): squared norms 6 and 30, of the mean 10.
-    assert table["component"].tolist() == [1, 2]
-    np.testing.assert_allclose(table[["variation", "deviation"]], [[-3, 2], [1, 0]])
-    np.testing.assert_allclose(table[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
-        component_variation(backbone, embedder[:1], np.eye(3))
-
-
-def test_an_embedder_that_only_moves_the_first_component_is_found_out():
-    backbone = np.random.default_rng(1).normal(size=(40, 6)) + 3
-    components, _ = principal_components(backbone)
-    table = component_variation(backbone, shift_component(backbone, components[0], -2.5), components)
-    np.testing.assert_allclose(table["variation"], [-2.5, 0, 0, 0, 0, 0], atol=1e-5)
-    np.testing.assert_allclose(table.loc[0, ["share", "share_each"]].astype(float), 1, atol=1e-5)
-    assert table["share"].sum() == pytest.approx(1)
-
-
-def test_contributions_add_up(tokenizer):
-    generator = np.random.default_rng(2)
-    weight, bias = (generator.normal(size=size).astype(np.float32) for size in ((len(ENTRIES), 4), len(ENTRIES)))
-    backbone = head(weight, bias)
-    backbone.tokenizer = tokenizer
-    state, component = generator.normal(size=4).astype(np.float32), np.array([0.6, 0.8, 0.0, 0.0])
-    table = contributions(backbone, state, component, k=5)
-    weight, bias = backbone.unembedding.weight.numpy()[table["id"]], backbone.unembedding.bias.numpy()[table["id"]]
-    along = weight @ component * (state @ component)
-    np.testing.assert_allclose(table["along"], along, atol=1e-5)
-    np.testing.assert_allclose(table["rest"], weight @ state + bias - along, atol=1e-5)
-    assert table["logit"].is_monotonic_decreasing and "text" not in table
-
-
-def test_changing_embeddings_along_components():
-    embeddings = np.array([[3.0, 1.0], [5.0, -1.0]], np.float32)
-    along = np.array([0.6, 0.8])
-    np.testing.assert_allclose(shift_component(embeddings, along, -5), [[0, -3], [2, -5]], atol=1e-6)
-    np.testing.assert_allclose(remove_component(embeddings, along) @ along, 0, atol=1e-6)
-    np.testing.assert_allclose(remove_component(embeddings, np.array([1.0, 0.0])), [[0, 1], [0, -1]])
-    np.testing.assert_allclose(centre(embeddings, np.array([3.0, 0.0])), [[0, 1], [2, -1]])
-    np.testing.assert_array_equal(embeddings, [[3, 1], [5, -1]])
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn():
-    """Draws a figure as saving does, and closes it."""
-    yield lambda figure: (figure.canvas.draw(), figure)[1]
-    plt.close("all")
-
-
-def test_labels_are_what_the_font_can_draw():
-    assert token_labels(["␣dog", "a$b$", "\U00020000"]) == ["␣dog", r"a\$b\$", r"\U00020000"]
-
-
-def test_tokens_in_the_text_are_marked(drawn):
-    table = pd.DataFrame({"token": ["a", "$", "b"], "logit": [3.0, 2.0, 1.0], "in_text": [True, False, True]})
-    figure = drawn(token_bars({"one": table, "two": table.assign(in_text=False)}, "title", columns=1))
-    first, second = figure.axes
-    assert len(first.collections[0].get_offsets()) == 2 and len(second.collections[0].get_offsets()) == 0
-    assert [bar.get_width() for bar in first.patches] == [3, 2, 1]
-    assert [label.get_text() for label in first.get_yticklabels()] == ["a", r"\$", "b"]
-
-
-def test_curves_have_their_interval_and_their_labels(drawn):
-    points = pd.DataFrame({"layer": [1, 2], "value": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]})
-    keys = itertools.product(("prompteol", "ke"), ("plain", "TP"), ("LAR", "Hit@10"))
-    curves = pd.concat(points.assign(prompt=prompt, variant=variant, metric=metric) for prompt, variant, metric in keys)
-    figure = drawn(layer_curves(curves, "title"))
-    assert len(figure.axes) == 4 and all(len(a.lines) == 2 and len(a.collections) == 2 for a in figure.axes)
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["plain", "TP"]
-    sweep = pd.concat([points.rename(columns={"layer": "amount"}).assign(method=m, metric="LAR") for m in ("a", "b", "c")])
-    figure = drawn(shift_curves(sweep, "title"))
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b", "c"] and len(figure.axes[0].lines) == 5
-    dots = pd.concat(points.assign(method=["none", "ke"], variant=variant, metric="LAR") for variant in ("plain", "TP"))
-    figure = drawn(scores_by_method(dots, "title"))
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["no prompt", "KE"]
-
-
-def test_component_figures(drawn):
-    backbone = np.random.default_rng(0).normal(size=(20, 5)) + 1
-    components, _ = principal_components(backbone)
-    table = component_variation(backbone, shift_component(backbone, components[0], -2), components)
-    figure = drawn(variation_stems({"one": table}, "title"))
-    assert "$v_1$ = -2.00\n100% of the mean change" in figure.axes[0].texts[0].get_text()
-    parts = pd.DataFrame({"token": ["a", "b"], "logit": [3.0, 2.0], "along": [4.0, 1.0], "rest": [-1.0, 1.0]})
-    figure = drawn(contribution_bars({"one": parts}, "title"))
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [4, 1, -1, 1]

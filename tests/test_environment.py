@@ -29,7 +29,7 @@ chmod +x "$3/bin/python"
 @pytest.fixture
 def project(tmp_path):
     for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "environment.yml", "lib/run/environment.sh"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "stubs").mkdir()
     # Only these tools, so that a conda of the machine that runs the test is not found.

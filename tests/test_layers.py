@@ -16,7 +16,7 @@ from lib.core.store import EmbeddingStore
 from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
-from lib.evaluation.intervals import SPEARMAN, compare, mean_of
+from lib.evaluation.intervals import compare, mean_of
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report import settings
 from lib.studies import effects, layers
@@ -181,7 +181,7 @@ def test_one_task_is_its_own_average():
 def test_ends_are_compared_with_the_best_one():
     table = effects.compare_ends(runs_with_accuracy({2: 50, 8: 80, 14: 79}), mean_of("correct"), draws=500).set_index("end")
     assert table["value"].tolist() == [50, 80, 79] and table["difference"].tolist() == [-30, 0, -1]
-    assert table.loc[2, "difference_high"] < 0 <= table.loc[14, "difference_high"] + 1e-9
+    assert table.loc[2, "difference_high"] < -20
     assert table.loc[8, ["difference_low", "difference_high"]].tolist() == [0, 0]
     whole = compare(runs_with_accuracy({2: 50, 8: 80, 14: 79}), mean_of("correct"), draws=500)
     assert whole.query("task == 'Avg'")["low"].tolist() == table["low"].tolist()
@@ -222,4 +222,3 @@ def test_the_grid_is_stored_and_read_again(tmp_path, monkeypatch, no_data):
     first, second = (results.run_or_load("grid", {"data": data.provenance}, compute) for _ in range(2))
     assert not first.reused and second.reused
     pd.testing.assert_frame_equal(first.value, second.value)
-    assert SPEARMAN  # the statistic that the search uses is the one of the intervals

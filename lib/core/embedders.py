@@ -1,10 +1,12 @@
 """The embedders of the key-token paper (arXiv 2406.17378): ordinary encoders, each with the model that decodes it.
 
-`embedders.yaml` beside this file is the table of them.
+`embedders.yaml` beside this file is the table of them. The adapter of one of them is trained by this package, in
+`lib/studies/train_embedder.py`; the functions below are told so by their argument `trained`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,21 +33,13 @@ WEIGHTS = tuple(f"{stem}{end}" for stem in ("model", "pytorch_model", "adapter_m
                 for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"))
 HUB_TIMEOUT = 8.0  # seconds
 
+# From a backbone, and the time before which no adapter counts, to the folder of the adapter that is trained here.
+Trained = Callable[[Backbone, float], Path]
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table.
-
-    Args:
-        hub: hub id (or folder) of the weights. adapters: LoRA that are merged into them, in this order.
-        backbone: the model whose unembedding decodes the embeddings; decoder: the class of Transformers that loads it.
-        query: the format of a text, document: that of a document where it differs; a prompt's name or arguments of `Prompt`.
-        pooling: a name in `lib.core.pooling.POOLINGS` or a part of `lib.core.both_sides.RowPart`.
-        paper: its name among the paper's eight. aligned: whether the paper's repository calls it aligned with key tokens.
-        normalised: whether embeddings have length 1.
-        both_sides: whether a token sees what comes after it; loader: the class that loads such a model.
-        trained_here: whether its adapter is trained by this package. obstacle: why it cannot be loaded, if so.
-    """
+    """A row of the table. `embedders.yaml` explains the fields."""
 
     name: str
     hub: str
@@ -76,7 +70,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Embedder:
-    """A loaded embedder: the encoder of a query or any other text, that of a document, and what decodes their embeddings."""
+    """A loaded embedder: the encoder of queries and other texts, that of documents, and what decodes the embeddings."""
 
     name: str
     query: SentenceEncoder
@@ -94,10 +88,11 @@ EMBEDDERS = {name: Entry(name, **{"backbone": row["hub"]} | row) for name, row i
 
 def embedder_table() -> pd.DataFrame:
     """One row an embedder: what it is, how it reads a text, whether it aligns by its paper's repository, its status."""
-    said = {None: "not stated", True: "yes", False: "no"}
-    rows = [(e.name, e.paper, e.backbone, "both sides" if e.both_sides else "causal", e.pooling, said[e.aligned], status(e))
-            for e in EMBEDDERS.values()]
-    return pd.DataFrame(rows, columns=["embedder", "paper", "decoded by", "attention", "pooling", "aligned", "status"])
+    aligned, sides = {None: "not stated", True: "yes", False: "no"}, {True: "both sides", False: "causal"}
+    return pd.DataFrame([{
+        "embedder": e.name, "paper": e.paper, "decoded by": e.backbone, "attention": sides[e.both_sides],
+        "pooling": e.pooling, "aligned": aligned[e.aligned], "status": status(e),
+    } for e in EMBEDDERS.values()])
 
 
 def status(entry: Entry) -> str:
@@ -138,24 +133,24 @@ def _refusal(repo: str) -> str:
 
 def load_embedder(
     name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
-    store: EmbeddingStore | None = None,
+    store: EmbeddingStore | None = None, trained: Trained | None = None,
 ) -> Embedder:
     """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own.
 
     Args:
-        dtype, device: as of `load_backbone`.
-        backbone: the decoding backbone where it is loaded already; its dtype and device are then taken.
-        store: for both encoders.
+        dtype, device: as of `load_backbone`; where the decoding `backbone` is given, its own are taken.
+        store: for both encoders; its `fresh_since` holds for a trained adapter too.
+        trained: `lib.studies.train_embedder.trained_adapter`, without which the embedder that it trains cannot be had.
 
     Raises:
-        ValueError: unknown name (the message lists them), a backbone that does not decode it, an adapter that does not fit.
+        ValueError: unknown name (the message lists them); `backbone` does not decode it; an adapter does not fit.
         ModelNotFoundError: something of it is neither here nor to be had from the hub.
-        UnsupportedModelError: Transformers cannot load it, or its checkpoint lacks weights, which are named.
+        UnsupportedModelError: its checkpoint lacks weights, which are named, or it cannot attend to both sides here.
     """
-    if not isinstance(name, Entry) and name not in EMBEDDERS:
+    entry = name if isinstance(name, Entry) else EMBEDDERS.get(name)
+    if entry is None:
         raise ValueError(f"Unknown embedder {name!r}; choose from {', '.join(EMBEDDERS)} or pass an Entry.")
-    entry = name if isinstance(name, Entry) else EMBEDDERS[name]
-    state = "not here: lib.studies.train_embedder trains and loads it" if entry.trained_here else status(entry)
+    state = "not reachable: no `trained` was given" if entry.trained_here and not trained else status(entry)
     if state.startswith("not "):
         raise (UnsupportedModelError if entry.obstacle else ModelNotFoundError)(f"{entry.name}: {state}")
     if backbone is not None and backbone.name != entry.backbone:
@@ -164,27 +159,29 @@ def load_embedder(
     if entry.both_sides:
         model = _load_both_sides(entry, decoder)
     else:
-        same, dtype = entry.hub == entry.backbone, str(decoder.dtype).removeprefix("torch.")
-        model = decoder if same else load_backbone(entry.hub, dtype, str(decoder.device))
-        for adapter in entry.adapters:
+        chosen = str(decoder.dtype).removeprefix("torch."), str(decoder.device)
+        model = decoder if entry.hub == entry.backbone else load_backbone(entry.hub, *chosen)
+        fresh_since = store.fresh_since if store else 0.0
+        for adapter in [trained(decoder, fresh_since)] if entry.trained_here else entry.adapters:
             model = merged_backbone(model, adapter, entry.name)
     model = model if model is decoder else replace(model, unembedding=decoder.unembedding)
     encoders = (entry.encoder(model, form, store) for form in (entry.query, entry.document or entry.query))
     return Embedder(entry.name, *encoders, decoder)
 
 
-def embedder_of(backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None) -> Embedder:
-    """An embedder that `backbone` decodes, by its name in `EMBEDDERS`. Errors as in `load_embedder`.
+def embedder_of(
+    backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None, trained: Trained | None = None
+) -> Embedder:
+    """An embedder that `backbone` decodes, by its name in `EMBEDDERS`. Arguments and errors as in `load_embedder`.
 
     "auto" takes the first that was trained from this backbone and can be had. If there is none, it is the backbone with
     PromptEOL, under the name "prompteol": the paper counts it among its embedders too.
     """
-    if name != "auto":
-        return load_embedder(name, backbone=backbone, store=store)
-    for entry in EMBEDDERS.values():
-        trained = entry.backbone == backbone.name and (entry.adapters or entry.hub != entry.backbone)
-        if trained and not entry.trained_here and not status(entry).startswith("not "):
-            return load_embedder(entry, backbone=backbone, store=store)
+    made = [e for e in EMBEDDERS.values() if e.backbone == backbone.name and (e.adapters or e.hub != e.backbone)]
+    usable = (e.name for e in made if (trained or not e.trained_here) and not status(e).startswith("not "))
+    name = next(usable, "") if name == "auto" else name
+    if name:
+        return load_embedder(name, backbone=backbone, store=store, trained=trained)
     encoder = SentenceEncoder(backbone, "prompteol", store=store)
     return Embedder("prompteol", encoder, encoder, backbone)
 
@@ -205,6 +202,9 @@ def _load_both_sides(entry: Entry, decoder: Backbone) -> Backbone:
     model, tokenizer, revision = _from_pretrained(entry.loader, entry.hub, decoder.dtype, decoder.device, unused)
     for adapter in entry.adapters:
         model, revision = merge_adapter(model, adapter), f"{revision} + {Path(adapter).name}"
+    for module in model.modules() if model.dtype == torch.float16 else ():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()  # it norms a float32 sum, see `lib.core.forward.safe_float16`
     model.config.is_causal = False
     model.base_model.register_forward_pre_hook(_check_mask, with_kwargs=True)
     return Backbone(model, tokenizer, find_blocks(model)[0], None, decoder.unembedding, entry.name, revision)
@@ -213,11 +213,11 @@ def _load_both_sides(entry: Entry, decoder: Backbone) -> Backbone:
 def _check_mask(model, _, inputs: dict) -> None:
     """Refuse to attend to padding, as such a model does if its encoder is given another method than `BothSides`."""
     if inputs.get("attention_mask") is None:
-        raise ValueError(f"{type(model).__name__} attends to both sides here, so it is read with the method BothSides only.")
+        raise ValueError(f"This {type(model).__name__} attends to both sides, so it needs the method BothSides.")
 
 
 def _from_pretrained(loader: str, name: str, dtype: torch.dtype, device: torch.device, unused: tuple[str, ...] = ()):
-    """Model, tokenizer, revision. Refuses a checkpoint that lacks weights, other than those that begin with `unused`."""
+    """Model, tokenizer, revision. Refuses a checkpoint that lacks weights, but for those that begin with `unused`."""
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     model, info = getattr(transformers, loader).from_pretrained(name, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -28,19 +28,17 @@ CHUNK = 2048
 
 
 class Method(Protocol):
-    """What an encoder expects of a method: something that is changed inside the forward pass."""
+    """What an encoder expects of a method: something that is changed inside the forward pass.
 
-    def templates(self, prompt: Prompt) -> tuple[str, ...]:
-        """The prompt's templates with the placeholders that the method needs. `ValueError` if the prompt does not suit."""
+    `templates` gives the prompt's templates with the placeholders that the method needs, `check` looks whether it can be
+    applied to a model (both raise `ValueError` if not), `describe` gives it as plain data. `attach` is a context manager:
+    while it is active, forward passes on this batch run with the method; it leaves nothing behind.
+    """
 
-    def check(self, backbone: Backbone) -> None:
-        """`ValueError` if the method cannot be applied to this model."""
-
-    def attach(self, backbone: Backbone, batch: Batch):
-        """A context manager: while active, forward passes on this batch run with the method. It leaves nothing behind."""
-
-    def describe(self) -> dict:
-        """The method as plain data, for provenance and fingerprints."""
+    def templates(self, prompt: Prompt) -> tuple[str, ...]: ...
+    def check(self, backbone: Backbone) -> None: ...
+    def attach(self, backbone: Backbone, batch: Batch): ...
+    def describe(self) -> dict: ...
 
 
 @dataclass(frozen=True)

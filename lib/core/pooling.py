@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,15 +20,14 @@ from lib.core.tokens import Batch
 
 
 class Pooling(Protocol):
-    """What an encoder expects of a pooling; `needs_span` says whether it uses `Batch.first`."""
+    """What an encoder expects of a pooling. `needs_span`: whether it uses `Batch.first`. `describe`: itself as plain data."""
 
     needs_span: bool
 
     def read(self, backbone: Backbone, batch: Batch, layers: Iterable[int], prefix: Cache | None) -> dict[int, torch.Tensor]:
         """Run the batch up to the last of `layers`: layer -> (batch, hidden), on the model's device."""
 
-    def describe(self) -> dict:
-        """The pooling as plain data, for provenance and fingerprints."""
+    def describe(self) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class LastToken:
     needs_span = False
 
     def read(self, backbone, batch, layers, prefix=None):
-        """See `Pooling.read`."""
         return read_states(backbone, batch.ids, layers, lambda states: last_state(states, batch.last), prefix)
 
     def describe(self) -> dict:
@@ -56,10 +55,7 @@ class Mean:
     needs_span = True
 
     def read(self, backbone, batch, layers, prefix=None):
-        """See `Pooling.read`."""
-        def mean(states: torch.Tensor) -> torch.Tensor:
-            return mean_state(states, batch.first, batch.last, self.weighted)
-
+        mean = partial(mean_state, first=batch.first, last=batch.last, weighted=self.weighted)
         return read_states(backbone, batch.ids, layers, mean, prefix)
 
     def describe(self) -> dict:

@@ -14,13 +14,12 @@ import numpy as np
 
 
 class Postprocess(Protocol):
-    """What an encoder expects of a postprocess."""
+    """What an encoder expects of a postprocess. `describe`: itself as plain data, for provenance and fingerprints."""
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
         """Embeddings float32 (texts, hidden) -> the same shape and dtype."""
 
-    def describe(self) -> dict:
-        """The postprocess as plain data, for provenance and fingerprints."""
+    def describe(self) -> dict: ...
 
 
 @dataclass(frozen=True)

@@ -1,179 +1,114 @@
-"""Files of a dataset repository on the Hugging Face hub: asked for once, checked by hash, and whole or not at all.
+"""Files of a dataset repository on the Hugging Face hub: checked by hash, and there whole or not at all."""
 
-An archive is unpacked safely.
-"""
-
-from __future__ import annotations
-
-import hashlib
 import os
 import shutil
+import ssl
 import tarfile
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 
 # Seconds until a hub that does not answer counts as unreachable.
 HUB_TIMEOUT = 8.0
-
-# Any of these set to a true value means that the hub is not asked; the last one is set by the runner (see `find_source`).
-OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TP_HUB_UNREACHABLE")
-
-# Endpoints that did not answer, and how: each is asked once per process, whatever is wanted from it.
-_unreachable: dict[str, str] = {}
+# Switches of the user. If one of them is set to a true value, the hub is not asked.
+OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Errors that mean "no answer" and are none of the operating system's. They are known by name, as the HTTP library that
+# raises them is not the same in all versions of huggingface_hub.
+NO_ANSWER = ("ProxyError", "RemoteProtocolError")
 
 
 class DownloadError(OSError):
-    """A file could not be had from the hub, or not be trusted; the message says why, in one line."""
+    """A file could not be had from the hub, or cannot be trusted. The message says what happened and what to do."""
 
 
-def fetch_archive(repo: str, filename: str, target: Path, holds: str) -> None:
-    """Download a tar file of a dataset repository and unpack it, so that `target` holds the folder `holds`.
+class HubUnreachableError(DownloadError):
+    """Nobody answered at the hub's address, or an offline switch is set. Only then may the sample stand in."""
 
-    The tar file is kept beside `target` until it is unpacked. Raises `DownloadError`, whatever went wrong.
+
+def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> None:
+    """Download files of a dataset repository into the folder `target`, which appears only when all of them are right.
+
+    Each file must have the hash that the hub states. What an interrupted download left is used by the next one, and of
+    several processes that want the same folder one downloads and the others wait. If `unpack` is given, the only file
+    is a tar file, and that folder of it which holds a folder of this name becomes `target`. Raises `DownloadError`.
     """
-    stated = ask_hub(repo, filename)
-    if len(stated.etag or "") != 64:
-        raise DownloadError(f"the hub states no SHA-256 for {filename}")
-    with _alone(target, f"{repo}/{filename}"):
-        if not target.is_dir():
-            archive = _download(repo, filename, target.parent, stated)
-            _unpack(archive, target, holds)
-            archive.unlink()
-
-
-def fetch_files(repo: str, names: Sequence[str], target: Path) -> None:
-    """Download files of a dataset repository into the folder `target`, which appears only when all of them are what the
-    hub states. What an interrupted download left is used by the next one. Raises `DownloadError`, whatever went wrong.
-    """
-    stated = {name: ask_hub(repo, name) for name in names}
-    partial = target.parent / f".{target.name}-partial"
-    with _alone(target, repo):
-        if not target.is_dir():
-            for name in names:
-                _download(repo, name, partial, stated[name])
-            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
-            partial.rename(target)
-
-
-@contextmanager
-def _alone(target: Path, wanted: str) -> Iterator[None]:
-    """Other processes that want `target` wait meanwhile. Any error becomes a `DownloadError`."""
+    # huggingface_hub itself reads HF_ENDPOINT only when it is imported.
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    # Without a token, because the files are public and an expired token would be refused.
+    api, partial = HfApi(endpoint=endpoint, token=False), target.parent / f".{target.name}-partial"
     try:
+        place = {"repo_type": "dataset", "revision": _ask_hub(api, repo), "local_dir": partial, "token": False}
         target.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(target.parent / f".{target.name}.lock"):
-            yield
-    except DownloadError:
+            if target.is_dir():
+                return
+            for name in names:
+                hf_hub_download(repo, name, **place, endpoint=endpoint, etag_timeout=HUB_TIMEOUT)
+            wrong = [file["path"] for file in api.verify_repo_checksums(repo, **place).mismatches]
+            if wrong:  # hf_hub_download compares only the sizes
+                shutil.rmtree(partial)
+                raise DownloadError(f"the hash of {wrong[0]} was not what the hub states, so the download was deleted")
+            complete = _unpack(partial / names[0], unpack) if unpack else partial
+            shutil.rmtree(complete / ".cache", ignore_errors=True)  # notes of hf_hub_download
+            complete.rename(target)
+            shutil.rmtree(partial, ignore_errors=True)
+    except HubUnreachableError:
         raise
-    except Exception as error:  # network, disk, archive: a reason to state, none to stop a notebook
-        raise DownloadError(_reason(error, wanted)) from error
-
-
-def ask_hub(repo: str, filename: str) -> HfFileMetadata:
-    """What the hub states about a file (`etag`: the SHA-256 of a large one, git's SHA-1 of a small one).
-
-    Raises `DownloadError`, within `HUB_TIMEOUT` seconds if nobody answers.
-    """
-    for switch in OFFLINE_SWITCHES:
-        if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):  # what huggingface_hub takes for true
-            raise DownloadError(f"not asked, because {switch} is set")
-    endpoint = _endpoint()
-    if endpoint in _unreachable:
-        raise DownloadError(_unreachable[endpoint])
-    url = hf_hub_url(repo, filename, repo_type="dataset", endpoint=endpoint)
-    try:
-        # No token: the file is public, and an expired one would be refused.
-        options = {"token": False, "timeout": HUB_TIMEOUT + 1, "endpoint": endpoint}
-        return _within(HUB_TIMEOUT, lambda: get_hf_file_metadata(url, **options))
     except Exception as error:
-        reason = _reason(error, f"{repo}/{filename}")
-        if not hasattr(error, "response"):
-            _unreachable[endpoint] = reason
-        raise DownloadError(reason) from error
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise DownloadError(
+            f"{repo} could not be downloaded from {endpoint} to {target}: {reason}. Start again to go on from there, "
+            "put the files there by hand (see data/README.md), or set HF_HUB_OFFLINE=1 to go on without them."
+        ) from error
 
 
-def forget_hub() -> None:
-    """Forget which endpoints did not answer, so that they are asked again."""
-    _unreachable.clear()
+def _ask_hub(api: HfApi, repo: str) -> str:
+    """The commit that a dataset repository is at. Raises `HubUnreachableError`, or what the hub client raises."""
+    for switch in OFFLINE_SWITCHES:
+        if os.environ.get(switch, "").upper() in constants.ENV_VARS_TRUE_VALUES:
+            raise HubUnreachableError(f"not asked, because {switch} is set")
+    answer: Future = Future()
 
-
-def _download(repo: str, name: str, folder: Path, stated: HfFileMetadata) -> Path:
-    """The file in `folder`. It is deleted if its hash, SHA-256 or git's SHA-1, is not the stated one."""
-    path = Path(
-        hf_hub_download(
-            repo, name, repo_type="dataset", revision=stated.commit_hash, local_dir=folder, token=False,
-            endpoint=_endpoint(), etag_timeout=HUB_TIMEOUT,
-        )
-    )
-    # Git hashes a header before the content.
-    digest = hashlib.sha256() if len(stated.etag or "") == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: digest).hexdigest()
-    if found != stated.etag:
-        path.unlink()
-        raise DownloadError(f"{name} was damaged on the way and deleted: its hash is not {stated.etag}, as the hub states")
-    return path
-
-
-def _unpack(archive: Path, target: Path, holds: str) -> None:
-    """Unpack a tar file; what contains its folder `holds` becomes `target`, which appears only when it is complete.
-
-    Raises `DownloadError` before anything is written if a member is absolute, climbs out (`..`), or is not a plain file
-    or folder; also if there is no folder `holds`.
-    """
-    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        with tarfile.open(archive) as tar:
-            members = tar.getmembers()
-            for member in members:
-                path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-                    raise DownloadError(f"{archive.name} holds the unsafe member {member.name!r}; nothing was unpacked")
-            tar.extractall(temporary, members, filter="data")
-        folder = next((path.parent for path in sorted(temporary.rglob(holds)) if path.is_dir()), None)
-        if folder is None:
-            raise DownloadError(f"{archive.name} has no folder {holds!r}")
-        folder.chmod(0o755)  # a temporary folder is its owner's alone
-        folder.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _within(seconds: float, call: Callable):
-    """`call()`, or `TimeoutError` after so many seconds.
-
-    A thread, because the timeout of a connection holds for each address of a host anew, and for none of the name look-up.
-    """
-    future: Future = Future()
-
-    def run():
+    def ask():
         try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
+            answer.set_result(api.dataset_info(repo, timeout=HUB_TIMEOUT + 1).sha)
+        except Exception as error:
+            answer.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(seconds)
-
-
-def _reason(error: Exception, wanted: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return f"{_endpoint()} answered HTTP {status} for {wanted}"
-    if isinstance(error, TimeoutError):
-        return f"{_endpoint()} did not answer within {HUB_TIMEOUT:g} seconds"
-    line = str(error).partition("\n")[0]
-    return f"{wanted} could not be fetched from {_endpoint()}: {type(error).__name__}: {line}"
+    # A connection's own time limit holds anew for each address of a host, and not at all for the name look-up.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(HUB_TIMEOUT)
+    except Exception as error:
+        if not _is_no_answer(error):
+            raise
+        raise HubUnreachableError(f"{api.endpoint} cannot be reached: {str(error) or 'it did not answer'}") from error
 
 
-def _endpoint() -> str:
-    """Read at every call: huggingface_hub itself reads HF_ENDPOINT only when it is imported."""
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+def _is_no_answer(error: BaseException | None) -> bool:
+    """Whether nobody answered. An HTTP status, a wrong certificate and text that is no JSON are answers."""
+    found = False
+    while error is not None:
+        if isinstance(error, ssl.SSLError) or getattr(error, "response", None) is not None:
+            return False
+        found = found or isinstance(error, OSError) or type(error).__name__ in NO_ANSWER
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _unpack(archive: Path, holds: str) -> Path:
+    """Unpack a tar file beside itself, and return the folder in which the folder `holds` is."""
+    unpacked = archive.parent / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
+    with tarfile.open(archive) as tar:
+        # The filter refuses what would land outside the folder. In some versions of Python, links can get round it.
+        odd = [member.name for member in tar if not (member.isfile() or member.isdir())]
+        if odd:
+            raise DownloadError(f"{archive.name} holds {odd[0]!r}, which is neither a plain file nor a folder")
+        tar.extractall(unpacked, filter="data")
+    for path in filter(Path.is_dir, sorted(unpacked.rglob(holds))):
+        return path.parent
+    raise DownloadError(f"{archive.name} has no folder {holds!r}")

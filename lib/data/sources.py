@@ -1,39 +1,38 @@
-"""Where evaluation data is found, and how a file of it becomes lines and lines become a data set.
+"""Where evaluation data is found, and the one form in which it is handed on.
 
-All data is found in one place, in one order: the folder in `$TP_DATA_DIR`, `data/downloads/`, the Hugging Face hub, and
-last the small sample sets that were written for this project. See `data/README.md`.
+The order is: the folder in `$TP_DATA_DIR`, `data/downloads/`, the Hugging Face hub, and last the small sample sets that
+were written for this project. See `data/README.md`.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
-from datasets import Dataset, DatasetInfo, Features
+import numpy as np
+import pandas as pd
+from datasets import Dataset
 
-from lib.data.download import DownloadError, fetch_archive, forget_hub
 from lib.core.store import ROOT
+from lib.data.download import HubUnreachableError, fetch
 
 DATA = ROOT / "data"
-
-# dataset repository and archive on the hub, and a folder that the data must hold
-SENTEVAL = ("princeton-nlp/datasets-for-simcse", "senteval.tar", "STS")
-
-# kind of source -> what a caption and a provenance call it
-SOURCES = {
-    "folder": ("real data", "the folder in $TP_DATA_DIR"),
-    "downloads": ("real data", "data/downloads"),
-    "sample": ("sample data (written for this project)", "data/sample"),
-}
+# SentEval's data on the hub: the dataset repository, its archive, and a folder that the data must hold.
+SENTEVAL = ("princeton-nlp/datasets-for-simcse", ("senteval.tar",), "STS")
+# Why the hub is not asked any more, once it has not answered, whatever is wanted from it.
+hub_unreachable: str | None = None
 
 
 class DataError(ValueError):
-    """A data file is missing, short or malformed; the message names the file, the line and what was expected."""
+    """A data file is missing, short or malformed. The message names the file, the line and what was expected."""
+
+
+class MissingDataError(DataError):
+    """Data is in none of the places, and the hub does not have it or cannot be reached. The message says what to do."""
 
 
 class SampleDataWarning(UserWarning):
@@ -42,7 +41,7 @@ class SampleDataWarning(UserWarning):
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data was found: `kind` is a key of `SOURCES`, `path` the folder that holds the files."""
+    """Where data was found: `kind` is folder ($TP_DATA_DIR), downloads or sample, `path` the folder with the files."""
 
     kind: str
     path: Path
@@ -53,86 +52,129 @@ class DataSource:
 
     @property
     def label(self) -> str:
-        """For the captions of tables and figures."""
-        return SOURCES[self.kind][0]
+        return "sample data (written for this project)" if self.is_sample else "real data"
 
     def describe(self) -> dict:
         """For provenance: what kind of place it is, not where it lies on this machine."""
-        return {"kind": self.kind, "label": self.label, "where": SOURCES[self.kind][1]}
+        return {"kind": self.kind, "label": self.label}
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationData:
+    """A data set, or a part of one, with its provenance; `rows` are in the order of the files.
+
+    A sample of it is the beginning of one fixed permutation of the whole data set, so that samples are nested. It sorts
+    the rows by a hash of the data set's name, its length and the row's number, and so depends on no seed or library.
+    `places`, int64 (rows,), are these hashes, of which a part of the data set keeps its own. `provenance` has the keys
+    task, split (or splits, or part), source, rows, rows_total (before anything was left out), caps (what was left out,
+    step by step) and files (path below the source's folder -> SHA-256).
+    """
+
+    name: str
+    rows: Dataset
+    provenance: dict
+    places: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.places is None:
+            texts = (f"{self.name} {len(self.rows)} {row}".encode() for row in range(len(self.rows)))
+            keys = (int.from_bytes(hashlib.sha256(text).digest()[:7], "big") for text in texts)
+            object.__setattr__(self, "places", np.fromiter(keys, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list:
+        return self.rows[column][:]
+
+    @property
+    def texts(self) -> list[str]:
+        """The distinct texts, none of them empty, of the columns that hold sentences, documents or queries."""
+        columns = [name for name in ("sentence1", "sentence2", "text") if name in self.rows.column_names]
+        return list(dict.fromkeys(text for column in columns for text in self[column] if text))
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.rows.to_pandas()
+
+    def first(self, count: int | None, within: str | None = None) -> Self:
+        """The first `count` rows of the fixed permutation, in the order of the files; None gives all. With `within`, a
+        column, the first `count` rows for each of its values. Raises `ValueError` if `count` is below 1."""
+        if count is None:
+            return self
+        if count < 1:
+            raise ValueError(f"A data set needs at least one row, got count={count}.")
+        groups = np.asarray(self[within]) if within else np.zeros(len(self))
+        ranks = pd.Series(self.places).groupby(groups).rank(method="first")
+        if (ranks <= count).all():
+            return self
+        return self._select(np.flatnonzero(ranks <= count), {"first": count} | ({"within": within} if within else {}))
+
+    def where(self, rows: Sequence[bool] | Sequence[int], note: str) -> Self:
+        """The rows that a mask marks or that indices name. The note says in the provenance which these are."""
+        chosen = np.asarray(rows)
+        if chosen.dtype == bool and len(chosen) != len(self):
+            raise ValueError(f"The mask has {len(chosen)} values, {self.name} has {len(self)} rows.")
+        return self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(int), {"where": note})
+
+    def _select(self, indices: np.ndarray, cap: dict) -> Self:
+        caps = list(self.provenance.get("caps", ()))
+        if "first" in cap and caps and cap == caps[-1] | {"first": cap["first"]}:
+            caps.pop()  # the first of the first rows are the first
+        about = self.provenance | {"rows": len(indices), "caps": [*caps, cap]}
+        return replace(self, rows=self.rows.select(indices), provenance=about, places=self.places[indices])
 
 
 def find_source() -> DataSource:
-    """Where SentEval's data comes from; searched once per process (see `forget_sources`).
-
-    Falls back to the sample with a `SampleDataWarning`. A program that starts several processes can call this first
-    and, where it got the sample, set TP_HUB_UNREACHABLE=1 for them, so that they don't each wait for the hub.
-    Raises `DataError` if `$TP_DATA_DIR` is set and does not hold the data; nothing else is tried then.
-    """
+    """Where SentEval's data comes from; searched once per process. If it is nowhere and the hub cannot be reached, the
+    sample stands in, with a `SampleDataWarning`. Raises `DataError` if `$TP_DATA_DIR` is set and does not hold it, and
+    `DownloadError` as `find_folder` does."""
     return _search(os.environ.get("TP_DATA_DIR", ""))
-
-
-def forget_sources() -> None:
-    """Search again at the next call, and ask the hub again."""
-    _search.cache_clear()
-    forget_hub()
 
 
 @functools.cache
 def _search(folder: str) -> DataSource:
-    repo, archive, holds = SENTEVAL
-    if folder:
-        path = Path(folder).expanduser() / "senteval"
-        if not path.is_dir():
-            raise DataError(f"TP_DATA_DIR is {folder!r}, so the folder {path} was expected, with {holds}/ in it; not found.")
-        return DataSource("folder", path)
-    path = DATA / "downloads" / "senteval"
+    path = Path(folder).expanduser() / "senteval"
+    if folder and not path.is_dir():
+        raise DataError(f"TP_DATA_DIR is {folder!r}, so SentEval's data was expected in the folder {path}; not found.")
     try:
-        if not path.is_dir():
-            fetch_archive(repo, archive, path, holds)
-        return DataSource("downloads", path)
-    except DownloadError as error:
-        warnings.warn(
-            "No real evaluation data (senteval): the sample written for this project stands in for it, and its scores "
-            "compare with no paper. Tried: TP_DATA_DIR (not set), data/downloads/senteval (not there), the Hugging Face hub "
-            f"({error}). To get the real data, go online and start again, or see data/README.md.",
-            SampleDataWarning,
-            stacklevel=3,
-        )
-    return DataSource("sample", DATA / "sample")
+        return find_folder("SentEval's data", "senteval", *SENTEVAL)
+    except MissingDataError as error:
+        text = f"{error} Until then the sample stands in, and its scores compare with no paper."
+        warnings.warn(text, SampleDataWarning, stacklevel=3)
+        return DataSource("sample", DATA / "sample")
 
 
-def read_lines(folder: Path, name: str, hashes: dict[str, str], encoding: str = "utf-8-sig") -> list[str]:
-    """The lines of the file `name` in `folder`; adds its SHA-256 to `hashes`.
+def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = (), unpack: str = "") -> DataSource:
+    """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded.
 
-    Only a line feed ends a line: `str.splitlines` would also cut at U+0085 and others. A carriage return before it is
-    dropped. Raises `DataError` if the file is not there or not in this encoding.
+    Raises `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if
+    they are nowhere; the message names `what` was looked for and says what to do.
     """
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"{path}: expected this file, and it is not there.")
-    content = path.read_bytes()
-    hashes[name] = hashlib.sha256(content).hexdigest()
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1  # of the object, for there a byte-order mark is gone already
-        byte = error.object[error.start]
-        raise DataError(f"{path}, line {line}: expected {error.encoding.upper()}, found the byte 0x{byte:02x}.") from None
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    folder = os.environ.get("TP_DATA_DIR", "")
+    own, path = Path(folder).expanduser() / place, DATA / "downloads" / place
+    if folder and own.is_dir():
+        return DataSource("folder", own)
+    if repo and not hub_unreachable and not path.is_dir():
+        try:
+            fetch(repo, files, path, unpack)
+        except HubUnreachableError as error:
+            assume_hub_unreachable(str(error))
+    if path.is_dir():
+        return DataSource("downloads", path)
+    hub, online = (hub_unreachable, "go online and start again, or ") if repo else ("not there", "")
+    raise MissingDataError(
+        f"{what} cannot be found. Tried: $TP_DATA_DIR/{place} ({'not there' if folder else 'not set'}), data/downloads/"
+        f"{place} (not there), the hub ({hub}). To get it, {online}put its files into such a folder (data/README.md)."
+    )
 
 
-def read_numbered(
-    folder: Path, name: str, hashes: dict[str, str], header: str = "", encoding: str = "utf-8-sig"
-) -> list[tuple[str, str]]:
-    """As `read_lines`, each line after where it stands, for error messages. The header must be there, and is left out."""
-    path, lines = folder / name, read_lines(folder, name, hashes, encoding)
-    if header and lines[:1] != [header]:
-        raise DataError(f"{path}, line 1: expected the header {header!r}.")
-    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)][bool(header) :]
+def assume_hub_unreachable(reason: str | None) -> None:
+    """Do not ask the hub in this process, for it is known that it cannot be reached, and how. None: ask again."""
+    global hub_unreachable
+    hub_unreachable = reason
 
 
-def make_dataset(rows: list[dict], features: Features, source: DataSource, hashes: dict[str, str], **about) -> Dataset:
-    """A data set with a column for each feature, taken from the rows, and with its provenance, to which `about` adds."""
-    about |= {"source": source.describe(), "rows_total": len(rows), "files": hashes, "caps": []}
-    columns = {key: [row[key] for row in rows] for key in features}
-    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps(about), features=features))
+def forget_sources() -> None:
+    """Search again at the next call, and ask the hub again."""
+    assume_hub_unreachable(None)
+    _search.cache_clear()

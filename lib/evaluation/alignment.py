@@ -8,111 +8,127 @@ their logit under the backbone's own unembedding:
     GAR     of all distinct tokens of all texts, the share that LAR finds in at least one text
     LAR@K, GAR@K   the same among the min(len(T), K) highest, as in the official code
 
-A `TokenRule` says which vocabulary entries are the same token and which count. All scores are shares from 0 to 1.
+All are shares from 0 to 1. A `TokenRule` says which vocabulary entries are the same token and which count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_array
+from tqdm import tqdm
 
-from lib.core.encoder import SentenceEncoder
 from lib.core.backbone import Backbone
-from lib.report.results import Result, run_or_load
-from lib.core.store import fingerprint
+from lib.core.forward import check_finite
+from lib.evaluation.intervals import compare, distinct_share, mean_of
 from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes, token_texts, visible
 
 KS = (1, 5, 10, 50)
-
 LOGIT_BYTES = 64 * 2**20  # memory for the logits held at once
 ROWS = 16384  # of the unembedding turned to float32 at once
 
 
 def output_matrix(backbone: Backbone) -> torch.Tensor:
-    """The matrix that gives the logits, (vocabulary, width): the unembedding, or the last step of a masked model's head."""
+    """The matrix (vocabulary, width) that gives the logits: the unembedding, or the last step of a masked model."""
     head = backbone.unembedding
     return (head if hasattr(head, "weight") else backbone.model.get_output_embeddings()).weight
 
 
 @torch.inference_mode()
 def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
-    """Embeddings as the unembedding reads them, float32 (texts, width): states before the last go through the final norm.
+    """Embeddings (texts, hidden) as the unembedding reads them, float32 (texts, width).
 
-    Raises `ValueError` if they are not (texts, hidden), or of another width than the unembedding reads, because a projection
-    stands between (as in OPT-350m).
+    States before the last go through the final norm, in float32 and with float32 copies of its weights, for they can be
+    larger than float16 holds (65,504). Raises `ValueError` for another shape, or another width than the unembedding
+    reads because a projection stands between (as in OPT-350m).
     """
-    if np.ndim(embeddings) != 2:
-        raise ValueError(f"Expected embeddings of shape (texts, hidden), got {np.shape(embeddings)}.")
-    matrix, index = output_matrix(backbone), backbone.layer_index(layer)
-    given, read = embeddings.shape[1], matrix.shape[1]
-    if given != read:
-        raise ValueError(f"State {index} of {backbone.name} has {given} dimensions, but its unembedding reads {read}.")
-    if index == backbone.num_layers or backbone.final_norm is None:
-        return np.asarray(embeddings, np.float32)
-    return backbone.final_norm(torch.tensor(embeddings, device=matrix.device, dtype=backbone.dtype)).float().cpu().numpy()
+    matrix, index, norm = output_matrix(backbone), backbone.layer_index(layer), backbone.final_norm
+    given, read = np.shape(embeddings), matrix.shape[1]
+    if len(given) != 2 or given[1] != read:
+        raise ValueError(f"The unembedding of {backbone.name} reads (texts, {read}); states {index} are {given}.")
+    states = np.asarray(embeddings, np.float32)
+    if index == backbone.num_layers or norm is None:
+        return states
+    weights = {name: weight.to(matrix.device, torch.float32) for name, weight in norm.named_parameters()}
+    return torch.func.functional_call(norm, weights, torch.tensor(states, device=matrix.device)).cpu().numpy()
+
+
+@torch.inference_mode()
+def logit_chunks(
+    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
+) -> Iterator[torch.Tensor]:
+    """Logits of embeddings under the backbone's unembedding, so many texts at a time that they fill `LOGIT_BYTES`.
+
+    Computed in float32 whatever the model's dtype, because logits rounded to half precision tie. A model's own capping
+    of its logits (Gemma 2) is left out: it does not change their order.
+
+    Args:
+        embeddings: float (texts, hidden). layer: which state they are, in Hugging Face's numbering.
+        classes: from `token_classes`: a token's column holds the logit of its best entry, every other column -inf.
+
+    Yields float32 (some texts, vocabulary), on the unembedding's device. Raises `ValueError` as `final_states`, and
+    `FloatingPointError` for logits that are infinite or undefined.
+    """
+    states, head, matrix = final_states(backbone, embeddings, layer), backbone.unembedding, output_matrix(backbone)
+    if classes is not None:
+        counted = np.flatnonzero(classes >= 0)
+        target = torch.tensor(classes[counted], device=matrix.device)
+    chunks = torch.tensor(states).split(max(1, LOGIT_BYTES // (4 * len(matrix))))
+    for chunk in tqdm(chunks, "logits", unit="chunk", leave=False, disable=len(chunks) < 5):
+        chunk = chunk.to(matrix.device)
+        if hasattr(head, "weight"):
+            logits = torch.cat([chunk @ rows.float().T for rows in matrix.split(ROWS)], dim=1)
+            logits = logits if getattr(head, "bias", None) is None else logits + head.bias.float()
+        else:
+            logits = head(chunk.to(matrix.dtype)).float()
+        check_finite(logits, backbone.name, backbone.dtype)
+        if classes is not None:
+            merged = torch.full_like(logits, -torch.inf)
+            logits = merged.scatter_reduce_(1, target.expand(len(logits), -1), logits[:, counted], "amax")
+        yield logits
 
 
 def decode_logits(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
-    """Logits of embeddings under the backbone's unembedding, float32 (texts, vocabulary). `top_tokens` needs less memory.
-
-    Computed in float32 whatever the model's dtype, because logits rounded to half precision tie. A model's own capping of
-    its logits (Gemma 2) is left out: it does not change their order. Errors as in `final_states`.
-    """
-    return torch.cat([logits.cpu() for logits in _logits(backbone, embeddings, layer)]).numpy()
+    """All logits of `logit_chunks` at once, float32 (texts, vocabulary). `top_tokens` needs less memory."""
+    return torch.cat([logits.cpu() for logits in logit_chunks(backbone, embeddings, layer)]).numpy()
 
 
-@torch.inference_mode()
+def mean_logits(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Each token's mean logit over all texts of some `logit_chunks`, float32 (vocabulary,), summed in float64."""
+    total, count = 0.0, 0
+    for chunk in chunks:
+        total, count = total + chunk.sum(dim=0, dtype=torch.float64), count + len(chunk)
+    return (total / count).float()
+
+
 def top_tokens(
-    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, classes: np.ndarray | None = None
+    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, classes: np.ndarray | None = None,
+    mean: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k tokens with the highest logits: ids int64 (texts, k), best first, and logits float32 (texts, k).
 
-    With `classes` (from `token_classes`) the tokens of a rule, each with the logit of its best entry; without, all entries.
-    Raises `ValueError` if there are fewer than k.
+    `mean`, from `mean_logits`, is taken off before tokens are chosen; the rest, with its errors, is that of
+    `logit_chunks`. Raises `ValueError` if fewer than k tokens count.
     """
-    if classes is None:
-        classes = np.arange(len(output_matrix(backbone)))
-    counted = np.flatnonzero(classes >= 0)
-    tokens = torch.from_numpy(classes[counted])
-    size = len(tokens.unique())
+    size = len(output_matrix(backbone)) if classes is None else len(np.unique(classes[classes >= 0]))
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the number of tokens, {size}; got {k}.")
-    best = []
-    for logits in _logits(backbone, embeddings, layer):
-        target = tokens.to(logits.device).expand(len(logits), -1)
-        merged = torch.full_like(logits, -torch.inf).scatter_reduce_(1, target, logits[:, counted], "amax")
-        best.append(merged.topk(k))
-    values, ids = (torch.cat(parts).cpu().numpy() for parts in zip(*best))
+    chunks = logit_chunks(backbone, embeddings, layer, classes)
+    if mean is not None:
+        chunks = (torch.where(logits.isneginf(), logits, logits - mean) for logits in chunks)
+    values, ids = (torch.cat(parts).cpu().numpy() for parts in zip(*(logits.topk(k) for logits in chunks)))
     return ids, values
-
-
-@torch.inference_mode()
-def _logits(backbone: Backbone, embeddings: np.ndarray, layer: int) -> Iterator[torch.Tensor]:
-    """Logits float32 (some texts, vocabulary), chunk by chunk, on the unembedding's device."""
-    states, head, matrix = final_states(backbone, embeddings, layer), backbone.unembedding, output_matrix(backbone)
-    size = max(1, LOGIT_BYTES // (4 * len(matrix)))
-    for begin in range(0, len(states), size):
-        chunk = torch.tensor(states[begin : begin + size], device=matrix.device)
-        if hasattr(head, "weight"):
-            logits = torch.cat([chunk @ rows.float().T for rows in matrix.split(ROWS)], dim=1)
-            yield logits if getattr(head, "bias", None) is None else logits + head.bias.float()
-        else:
-            yield head(chunk.to(matrix.dtype)).float()
 
 
 def aligned_tokens(
     backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The k tokens that each embedding aligns to, best first.
+    """The k vocabulary entries that each embedding aligns to, best first; a row per text and entry.
 
-    Returns:
-        One row per text and token: text (its place), id, token (see `visible`), logit; and, where the texts are given,
-        in_text: whether the token is one of the text's under `DEFAULT_RULE`.
+    Columns text (its place), id, token (see `visible`), logit; with `texts` in_text: whether it is a token of the text
+    under `DEFAULT_RULE`.
     """
     ids, logits = top_tokens(backbone, embeddings, layer, k)
     shown = [visible(text) for text in token_texts(backbone.tokenizer, ids.ravel())]
@@ -133,21 +149,14 @@ def token_lines(backbone: Backbone, embeddings: np.ndarray, layer: int, k: int, 
 
 
 def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame:
-    """Where in its ranking each text's own tokens stand: all that the metrics need.
+    """Where each text's tokens T stand in its ranking, whose beginning is a row of `top`, int (texts, depth).
 
-    Args:
-        top: int (texts, depth), the ranking's beginning, at least as deep as the longest T.
-        texts: T of each text.
-
-    Returns:
-        One row per text and distinct token: text (its place), token, length (of T, repeats included), depth, rank (from 1;
-        missing if deeper). A text without tokens has no row, and so no part in any mean, as in the official code.
+    Returns a row per text and distinct token of T: text (its place), token, length (of T), depth, rank (from 1; missing
+    if deeper). A text without tokens has no row, as in the official code. `ValueError` if a ranking is shorter than T.
     """
     (count, depth), sizes = top.shape, [len(row) for row in texts]
-    if len(sizes) != count:
-        raise ValueError(f"There are {count} rankings, but {len(sizes)} texts.")
-    if max(sizes) > depth:
-        raise ValueError(f"A text has {max(sizes)} tokens, but the rankings end after {depth}.")
+    if len(sizes) != count or max(sizes) > depth:
+        raise ValueError(f"{len(sizes)} texts of at most {max(sizes)} tokens, {count} rankings that end after {depth}.")
     tokens = np.concatenate(texts).astype(np.int64)
     own = pd.DataFrame({"text": np.repeat(np.arange(count), sizes), "token": tokens, "length": np.repeat(sizes, sizes)})
     text, place = np.indices(top.shape).reshape(2, -1)
@@ -166,90 +175,37 @@ def embedding_ranks(
     return token_ranks(top, own)
 
 
-def stored_ranks(
-    encoder: SentenceEncoder, texts: Sequence[str], data: dict, layers: Sequence[int] | None = None,
-    rule: TokenRule = DEFAULT_RULE, decoder: Backbone | None = None,
-) -> Result:
-    """`embedding_ranks` of an encoder's embeddings at each layer (default: the exit layer), through the result store.
-
-    Args:
-        data: where the texts come from, for the provenance.
-        decoder: whose unembedding (and final norm) decodes them; None takes the encoder's own backbone.
-
-    Returns the columns of `token_ranks` and layer (0 to num_layers).
-    """
-    decoder = decoder or encoder.backbone
-    layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
-
-    def compute() -> pd.DataFrame:
-        states = encoder.encode_layers(texts, dict.fromkeys(layers))
-        return pd.concat([embedding_ranks(decoder, rows, n, texts, rule).assign(layer=n) for n, rows in states.items()])
-
-    settings = encoder.describe() | {"decoder": decoder.describe(), "layers": layers, "rule": asdict(rule)}
-    settings |= {"data": data, "texts": fingerprint(list(texts))}
-    return run_or_load(f"alignment-{encoder.prompt.name}", settings, compute, code=("alignment", "vocabulary"))
-
-
 def alignment_metrics(ranks: pd.DataFrame, ks: Sequence[int] = KS) -> pd.DataFrame:
-    """Hit@K, LAR@K and LAR of each text, from `token_ranks`; float64. Raises `ValueError` if a ranking ends before K."""
+    """Hit@K, LAR@K and LAR (columns) of each text with tokens, float64. `ValueError` if a ranking ends before K."""
     if max(ks) > ranks["depth"].min():
         raise ValueError(f"Hit@{max(ks)} needs deeper rankings than {ranks['depth'].min()} (`deepest`).")
     hits = pd.DataFrame({f"Hit@{k}": ranks["rank"] <= k for k in ks}).groupby(ranks["text"]).max()
-    return hits.join(pd.DataFrame(_within(ranks, "LAR", ks)).groupby(ranks["text"]).mean()).astype(float)
+    return hits.join(_found(ranks, ks).add_prefix("LAR").groupby(ranks["text"]).mean()).astype(float)
 
 
-def _within(ranks: pd.DataFrame, name: str, ks: Sequence[int]) -> dict[str, pd.Series]:
-    """Which tokens are among the len(T) highest, cut at each K and uncut."""
-    limits = {f"{name}@{k}": ranks["length"].clip(upper=k) for k in ks} | {name: ranks["length"]}
-    return {key: ranks["rank"] <= limit for key, limit in limits.items()}
+def _found(ranks: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
+    """Which tokens are among the len(T) highest, cut at each K (columns `"@K"`) and uncut (column `""`)."""
+    limits = {f"@{k}": ranks["length"].clip(upper=k) for k in ks} | {"": ranks["length"]}
+    return pd.DataFrame({cut: ranks["rank"] <= limit for cut, limit in limits.items()})
 
 
 def alignment_scores(
-    runs: dict[str, pd.DataFrame], ks: Sequence[int] = KS, reference: str | None = None, draws: int = 1000
+    runs: dict[Hashable, pd.DataFrame], ks: Sequence[int] = KS, reference: Hashable | None = None, draws: int = 1000
 ) -> pd.DataFrame:
-    """All metrics of each run over the same texts, with 95 % bootstrap intervals over texts.
+    """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts.
 
-    A resample repeats texts and so holds fewer distinct tokens, which biases its GAR. So the resampled GARs are moved to
-    have their mean at the measured value before their percentiles are taken.
-
-    Args:
-        runs: label -> table from `token_ranks`. reference: label of the run that the others are compared with.
-
-    Returns columns run, metric, value, low, high and, with a reference, difference, difference_low, difference_high.
-    Raises `ValueError` if the runs are not over the same texts, or under different rules.
+    `reference` and `draws` are those of `lib.evaluation.intervals.compare`. Returns columns run, metric, and those of
+    `compare` after task. Raises `ValueError` if the runs are not over the same texts under the same rule.
     """
-    tables = [ranks[["text", "token", "length"]].reset_index(drop=True) for ranks in runs.values()]
-    if not all(table.equals(tables[0]) for table in tables):
-        raise ValueError("The runs do not hold the same tokens of the same texts.")
-    count = tables[0]["text"].nunique()
-    resamples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=draws)
-    weights = np.vstack([np.ones(count, int), resamples])  # the first row gives the measured values
-    scores = {run: _scores(ranks, ks, weights) for run, ranks in runs.items()}
-    results = {run: _interval(of_run, ("value", "low", "high")) for run, of_run in scores.items()}
-    if reference is not None:
-        names = ("difference", "difference_low", "difference_high")
-        results = {run: table.join(_interval(scores[run] - scores[reference], names)) for run, table in results.items()}
-    return pd.concat(results, names=["run", "metric"]).reset_index()
-
-
-def _scores(ranks: pd.DataFrame, ks: Sequence[int], weights: np.ndarray) -> pd.DataFrame:
-    """Every metric for each way to weight the texts, (draws, texts): a row per draw, a column per metric."""
-    metrics = alignment_metrics(ranks, ks)
-    scores = pd.DataFrame(weights @ metrics.to_numpy() / weights.sum(axis=1, keepdims=True), columns=metrics.columns)
-    texts, tokens = (pd.factorize(ranks[column], sort=True)[0] for column in ("text", "token"))
-    drawn = (weights > 0).T.astype(np.float32)
-
-    def distinct(counted: np.ndarray | pd.Series) -> np.ndarray:
-        """How many distinct tokens the counted rows hold in each draw."""
-        return (csr_array((counted.astype(np.float32), (tokens, texts))) @ drawn > 0).sum(axis=0)
-
-    everything = distinct(np.ones(len(ranks)))
-    return scores.assign(**{name: distinct(found) / everything for name, found in _within(ranks, "GAR", ks).items()})
-
-
-def _interval(scores: pd.DataFrame, names: tuple[str, str, str]) -> pd.DataFrame:
-    """Value, low and high of each metric (rows), from the measured scores (first row) and the resampled ones."""
-    value, resampled = scores.iloc[0], scores.iloc[1:]
-    bias = (resampled.mean() - value).where(value.index.str.startswith("GAR"), 0.0)
-    low, high = np.percentile(resampled - bias, [2.5, 97.5], axis=0)
-    return pd.DataFrame(dict(zip(names, (value, low, high))))
+    texts, tokens, found = {}, {}, {}
+    for run, ranks in runs.items():
+        texts[run] = alignment_metrics(ranks, ks).rename_axis("item").reset_index().assign(task="")
+        tokens[run] = pd.concat([ranks.rename(columns={"text": "item"}).assign(task=""), _found(ranks, ks)], axis=1)
+    for metric in texts[run].columns.drop(["task", "item"]):
+        found[metric] = compare(texts, mean_of(metric), reference, draws=draws)
+    for cut in (*(f"@{k}" for k in ks), ""):
+        tables = {run: table.rename(columns={cut: "found"}) for run, table in tokens.items()}
+        found[f"GAR{cut}"] = compare(tables, distinct_share, reference, draws=draws)
+    table = pd.concat(found, names=["metric"]).reset_index("metric").drop(columns="task")
+    table = table.sort_values("run", key=lambda column: column.map(list(runs).index), kind="stable", ignore_index=True)
+    return table[["run", *table.columns.drop("run")]]

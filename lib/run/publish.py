@@ -1,4 +1,4 @@
-"""Turn an executed notebook into the copy that is committed: results kept, everything that differs between runs removed."""
+"""Turn an executed notebook into the committed one: results kept, everything that differs between runs removed."""
 
 from __future__ import annotations
 
@@ -13,65 +13,55 @@ from PIL import Image
 
 from lib.core.store import ROOT, write_atomically
 
-KEPT_CELL_METADATA = ("tags",)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def publish(executed: Path, target: Path) -> None:
-    """Write `target` from an executed copy: no timings, machine paths, widget state, progress bars or papermill metadata.
+    """Write `target` from an executed copy: no timings, machine paths, widgets, progress bars or injected parameters.
 
-    The runner's record beside the copy (`lib.run.write_record`) goes into the notebook's metadata, and in words into a
-    cell after the first. Raises `ValueError` if the copy holds an error output.
+    The runner's record beside the copy (see `execute` in `lib.run`) goes into the notebook's metadata, and in words into
+    a cell after the first. Raises `ValueError` if the copy holds an error output.
     """
-    notebook = nbformat.read(executed, as_version=4)
-    record = json.loads(executed.with_suffix(".json").read_text())
-    kept = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}, "run": record}
-    notebook.metadata = nbformat.from_dict(kept)
-    notebook.cells = [c for c in notebook.cells if not {"injected-parameters", "run"} & set(c.metadata.get("tags", []))]
-    count = 0
-    for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({k: cell.metadata[k] for k in KEPT_CELL_METADATA if cell.metadata.get(k)})
-        if cell.cell_type == "code":
-            count += 1
-            cell.execution_count = count
-            kept = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
-            cell.outputs = [clean_output(output, count, executed) for output in kept]
+    from nbconvert.preprocessors import ClearMetadataPreprocessor, TagRemovePreprocessor  # takes a second
+
+    notebook, record = nbformat.read(executed, as_version=4), json.loads(executed.with_suffix(".json").read_text())
+    for step in (
+        TagRemovePreprocessor(remove_cell_tags={"injected-parameters", "run"}),
+        ClearMetadataPreprocessor(preserve_cell_metadata_mask={"tags"}, preserve_nb_metadata_mask={"kernelspec"}),
+    ):
+        notebook, _ = step.preprocess(notebook, {})
+    notebook.metadata = nbformat.from_dict({**notebook.metadata, "language_info": {"name": "python"}, "run": record})
+    for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+        cell.execution_count = count
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+        for output in cell.outputs:
+            if output.output_type == "error":
+                raise ValueError(f"{executed} holds an error ({output.ename}: {output.evalue}); it is not published.")
+            if "execution_count" in output:
+                output.execution_count = count
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = fewer_colours(output.data["image/png"])
     notebook.cells.insert(1, nbformat.v4.new_markdown_cell(describe(record), id="run", metadata={"tags": ["run"]}))
-    write_atomically(target, (nbformat.writes(notebook) + "\n").encode())
+    text = nbformat.writes(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    write_atomically(target, f"{text}\n".encode())
 
 
 def code_hash(path: Path) -> str:
-    """SHA-256 of a notebook's own code: what its outputs come from, beside `lib`, data and parameters."""
-    cells = nbformat.read(path, as_version=4).cells
-    own = [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    """SHA-256 of a notebook's code, which with `lib`, data and parameters makes its outputs. The first cell does not
+    count: it names a release."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"][1:]
+    own = [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     return hashlib.sha256("\n\n".join(own).encode()).hexdigest()
 
 
 def describe(record: dict) -> str:
     """A record of the runner in words."""
-    given, took = record["parameters"], record["took"]
-    cost = "time and memory not measured"
+    given, took, cost = record["parameters"], record["took"], "time and memory not measured"
     if took:
-        minutes = max(took["seconds"] / 60, 0.1)
-        cost = f"{minutes:.1f} minutes and {took['peak_gb']} GB when nothing is stored, on {took['processors']} CPU cores"
+        cost = f"{max(took['seconds'] / 60, 0.1):.1f} minutes and {took['peak_gb']} GB when nothing is stored, "
+        cost += f"on {took['processors']} CPU cores"
     model = f"model `{given['model']}`, " if "model" in given else ""
     return f"**Run shown:** profile `{given['profile']}`, {model}{record['data']}, {record['date']}; {cost}."
-
-
-def clean_output(output, count: int, path: Path):
-    """An output without its own execution count and the project's absolute path."""
-    if output.output_type == "error":
-        raise ValueError(f"{path} holds an error ({output.ename}: {output.evalue}); it is not published.")
-    if "execution_count" in output:
-        output.execution_count = count
-    if "data" in output:
-        output.metadata = nbformat.from_dict({})
-    if "image/png" in output.get("data", {}):
-        output.data["image/png"] = fewer_colours(output.data["image/png"])
-    for holder, key in ((output, "text"), (output.get("data", {}), "text/plain"), (output.get("data", {}), "text/html")):
-        if isinstance(holder.get(key), str):
-            holder[key] = holder[key].replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    return output
 
 
 def fewer_colours(png: str) -> str:

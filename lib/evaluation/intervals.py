@@ -1,0 +1,177 @@
+"""Every interval of the package: a percentile bootstrap over items, paired between runs, independent between data sets.
+
+A *run* is the table of one encoder (setting, layer, retriever) on some data sets: columns `task`, `item` and what the
+statistic needs. In a resample every run sees the same items drawn, so differences are paired. Each data set has a
+generator of its own, seeded by `seed` and its name: its interval does not depend on what else is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_array
+
+TAILS = (2.5, 97.5)  # percentiles: the ends of a 95 % interval
+CELLS = 2**16  # resamples x items that are held at once: 0.5 MB as float64, which a processor's cache holds
+Tables = Sequence[pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A function of the tables of one task (a table a run, all over the same items) and of how often each item counts.
+
+    Args:
+        function: (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the
+            distinct values of the column `item`, in the order of their first rows.
+        within: a column; the items of each of its values are resampled by themselves. Empty: all items together.
+        centred: whether the draws are moved to have their mean at the measured value, against the bias of a statistic
+            that depends on the number of distinct items.
+    """
+
+    function: Callable[[Tables, np.ndarray], np.ndarray]
+    within: str = ""
+    centred: bool = False
+
+    def __call__(self, tables: Tables, weights: np.ndarray) -> np.ndarray:
+        return self.function(tables, weights)
+
+
+def mean_of(column: str) -> Statistic:
+    """The mean of a column, one row an item."""
+    return Statistic(lambda tables, weights: weights @ _values(tables, weights, column) / weights.sum(axis=1)[:, None])
+
+
+def _spearman(tables: Tables, weights: np.ndarray) -> np.ndarray:
+    """Spearman's rho x 100 of the columns gold (the same in all tables) and similarity; nan if a column has one value.
+
+    A resample's ranks follow from running sums of the weights over the groups of equal values: nothing is sorted again.
+    """
+    similarities, weights, result = _values(tables, weights, "similarity"), weights.astype(np.float64), []
+    middle = (weights.sum(axis=1, keepdims=True) + 1) / 2
+    gold = _resampled_ranks(weights, tables[0]["gold"].to_numpy()) - middle
+    gold_spread = np.einsum("dn,dn,dn->d", weights, gold, gold)
+    for values in similarities.T:
+        ranks = _resampled_ranks(weights, values) - middle
+        joint, spread = (np.einsum("dn,dn,dn->d", weights, other, ranks) for other in (gold, ranks))
+        with np.errstate(invalid="ignore"):
+            result.append(100 * joint / np.sqrt(gold_spread * spread))
+    return np.stack(result, axis=1)
+
+
+def _resampled_ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean rank of each value in each resample, (draws, items)."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    drawn = np.add.reduceat(weights[:, np.argsort(group)], np.cumsum(sizes) - sizes, axis=1)
+    return (np.cumsum(drawn, axis=1) - drawn / 2 + 0.5)[:, group]
+
+
+def _area_under_roc(tables: Tables, weights: np.ndarray) -> np.ndarray:
+    """How often a positive item's similarity is above another's, 0 to 1 (ties count half); column positive (bool)."""
+    positive, result = tables[0]["positive"].to_numpy(bool), []
+    above, below = (part / part.sum(axis=1, keepdims=True) for part in (weights[:, positive], weights[:, ~positive]))
+    for values in _values(tables, weights, "similarity").T:
+        wins = np.sign(values[positive][:, None] - values[~positive]) / 2 + 0.5
+        result.append(((above @ wins) * below).sum(axis=1))
+    return np.stack(result, axis=1)
+
+
+def _distinct_share(tables: Tables, weights: np.ndarray) -> np.ndarray:
+    """The share of all items' distinct tokens that is found in one; a row per item and token, column found (bool)."""
+    item, token = (pd.factorize(tables[0][column])[0] for column in ("item", "token"))
+    drawn = (weights > 0).T.astype(np.float32)
+
+    def distinct(counted: np.ndarray) -> np.ndarray:
+        return (csr_array((counted.astype(np.float32), (token, item))) @ drawn > 0).sum(axis=0)
+
+    everything = distinct(np.ones(len(item)))
+    return np.stack([distinct(table["found"].to_numpy()) / everything for table in tables], axis=1)
+
+
+SPEARMAN = Statistic(_spearman)
+area_under_roc = Statistic(_area_under_roc, within="positive")
+distinct_share = Statistic(_distinct_share, centred=True)  # a resample repeats items and so holds fewer distinct tokens
+
+
+def _values(tables: Tables, weights: np.ndarray, column: str) -> np.ndarray:
+    """A column of every table, float64 (items, tables). Raises `ValueError` if an item has several rows."""
+    if len(tables[0]) != weights.shape[1]:
+        raise ValueError(f"{len(tables[0])} rows for {weights.shape[1]} items: a run has one row an item (one layer).")
+    return np.stack([table[column].to_numpy(np.float64) for table in tables], axis=1)
+
+
+def _by_task(runs: dict[Hashable, pd.DataFrame], statistic: Callable, draws: int, seed: int) -> dict[str, np.ndarray]:
+    """task -> the measured values (first row) and the resampled ones, float64 (1 + draws, runs)."""
+    statistic = statistic if isinstance(statistic, Statistic) else Statistic(statistic)
+    label, first = next(iter(runs.items()))
+    same = {"task", "item"}.union({"gold", "token", statistic.within or "item"}.intersection(first))
+    for other, table in runs.items():
+        if not all(column in table and np.array_equal(table[column], first[column]) for column in same):
+            raise ValueError(f"The runs {label!r} and {other!r} do not hold the same items in the same order.")
+    found = {}
+    for task, rows in first.groupby("task", sort=False).indices.items():
+        tables = [table.iloc[rows].reset_index(drop=True) for table in runs.values()]
+        items = tables[0].drop_duplicates("item", ignore_index=True)
+        groups = list(items.groupby(statistic.within).indices.values()) if statistic.within else [np.arange(len(items))]
+        generator, size = np.random.default_rng([seed, *str(task).encode()]), max(1, CELLS // len(items))
+        counts = [min(size, draws - begin) for begin in range(0, draws, size)]
+        measured = statistic(tables, np.ones((1, len(items)), int))
+        drawn = [statistic(tables, _weights(generator, groups, count)) for count in counts]
+        if statistic.centred and drawn:
+            drawn = [np.concatenate(drawn) + measured - np.mean(np.concatenate(drawn), axis=0)]
+        found[task] = np.concatenate([measured, *drawn])
+    return found
+
+
+def _weights(generator: np.random.Generator, groups: Sequence[np.ndarray], draws: int) -> np.ndarray:
+    """How often each item is drawn in each resample, int (draws, items); each group of items by itself."""
+    weights = np.empty((draws, sum(map(len, groups))), int)
+    for places in groups:
+        drawn = generator.integers(0, len(places), (draws, len(places))) + np.arange(draws)[:, None] * len(places)
+        weights[:, places] = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+    return weights
+
+
+def compare(
+    runs: dict[Hashable, pd.DataFrame], statistic: Callable, reference: Hashable | None = None, ratio: bool = False,
+    draws: int = 10_000, seed: int = 0, average: str = "Avg", averaged: Collection[str] = (),
+) -> pd.DataFrame:
+    """The statistic of every run on every task with 95 % intervals, and every run beside one of them.
+
+    Args:
+        runs: label -> table with the columns task, item and what the statistic needs; the same items in the same order.
+        statistic: `SPEARMAN`, `mean_of(column)`, `area_under_roc`, `distinct_share`, or a function as in `Statistic`.
+        reference: label of the run that all are compared with, in pairs. ratio: whether to divide by it, too.
+        draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan are left out of them.
+        average: name of the rows with the mean of the tasks `averaged` (all if empty). They are there if there are
+            several tasks and none of `averaged` is missing.
+
+    Returns a row per run and task, in the order of both: run, task, value, low, high; with a reference difference,
+    difference_low, difference_high; with `ratio` the same three of the ratio. Raises `ValueError` if the runs do not
+    hold the same items, or the reference is not one of them.
+    """
+    if reference is not None and reference not in runs:
+        raise ValueError(f"There is no run {reference!r}; choose from {', '.join(map(repr, runs))}.")
+    found = _by_task(runs, statistic, draws, seed)
+    if len(found) > 1 and set(averaged) <= set(found):
+        found[average] = np.mean([found[task] for task in averaged or list(found)], axis=0)
+    table = pd.DataFrame({"run": [run for run in runs for _ in found], "task": [*found] * len(runs)})
+    kinds = {"": (values := np.stack(list(found.values())))}  # (tasks, 1 + draws, runs)
+    if reference is not None:
+        of_reference = values[..., [list(runs).index(reference)]]
+        kinds["difference"] = values - of_reference
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kinds |= {"ratio": values / of_reference} if ratio else {}
+    for kind, of_kind in kinds.items():
+        table[kind or "value"] = of_kind[:, 0].T.ravel()
+        for end, tail in zip(("low", "high"), TAILS) if draws else ():
+            table[f"{kind}_{end}".strip("_")] = np.nanpercentile(of_kind[:, 1:], tail, axis=1).T.ravel()
+    return table
+
+
+def wide(table: pd.DataFrame, index: str | Sequence[str] = "run", value: str = "value") -> pd.DataFrame:
+    """A long table, such as `compare`'s, with a column per task, in its order; `index` names the columns before."""
+    index, tasks = [index] if isinstance(index, str) else list(index), table["task"].unique()
+    return table.set_index([*index, "task"])[value].unstack(sort=False)[tasks].reset_index().rename_axis(columns=None)

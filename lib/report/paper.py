@@ -1,0 +1,129 @@
+"""What the papers print, beside what was measured here: `python -m lib.report.paper [--measured]` shows every number.
+
+A published number is `reproduced`, `differs`, `explained` (it differs, and `configs/explanations.csv` says why) or
+`not run`, with the reason. The exit status is 1 if any number `differs`, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import pandas as pd
+
+from lib.core.store import ROOT
+
+PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
+EXPLANATIONS = ROOT / "configs" / "explanations.csv"
+KEYS = ["model", "method", "tp", "task", "metric"]
+
+# Backbones that the papers report: hub id -> name in `data/paper/` and of the profile.
+PAPER_MODELS = {
+    "meta-llama/Llama-2-7b-hf": "llama2-7b", "meta-llama/Llama-2-13b-hf": "llama2-13b", "Qwen/Qwen2-7B": "qwen2-7b",
+    "meta-llama/Meta-Llama-3-8B": "llama3-8b", "google/gemma-2-9b": "gemma2-9b",
+}
+
+# How far a reproduced number may be off, in its own unit; a metric without an entry is measured by no notebook.
+# spearman_x100: with one model and setting, half precision and library versions move a correlation by a few tenths.
+# accuracy_x100: more, because folds and the classifier's optimiser are not the paper's; 0.7 is 7 of 1,000 test items.
+# time_ratio: what a ratio of medians varies by between runs. ndcg@10: one point of 100. extra_tokens: a count, exact.
+TOLERANCE = {"spearman_x100": 0.5, "accuracy_x100": 0.7, "time_ratio": 0.05, "ndcg@10": 0.01, "extra_tokens": 0.0}
+
+
+def read_paper(table: str) -> pd.DataFrame:
+    """A file of `data/paper/`, value as float64 and tp as bool. Raises `ValueError`, listing what exists."""
+    names = sorted(file.stem for file in PAPER.glob("*.csv"))
+    if table not in names:
+        raise ValueError(f"No published table {table!r}; there are {', '.join(names)}.")
+    return pd.read_csv(PAPER / f"{table}.csv", keep_default_na=False, dtype={"value": float, "tp": bool})
+
+
+def sts_table(model: str) -> str:
+    """The published STS table that a model belongs beside: Table 2 for the paper's other backbones, else Table 1."""
+    return "a2_sts_backbones" if PAPER_MODELS.get(model, "llama2-7b") != "llama2-7b" else "a1_sts_llama2_7b"
+
+
+def beside_paper(ours: pd.DataFrame, table: str, model: str, sample: bool) -> pd.DataFrame:
+    """Every number of a published table beside ours.
+
+    Args:
+        ours: columns method, tp (bool), task and value, named as in the published table (main setting only), and metric
+            where that has more than one (else `ValueError`).
+        model: behind `ours`; another model's numbers are shown, but not called a reproduction.
+        sample: whether `ours` comes from sample data.
+
+    Returns `KEYS`, paper, ours, difference, source, grade and status: `reproduced`, `differs`, `other model`,
+    `sample data` or `not run`.
+    """
+    published = read_paper(table).query("variant == ''")
+    if "metric" not in ours:
+        [metric] = published["metric"].unique()
+        ours = ours.assign(metric=metric)
+    merged = _differences(published, ours.rename(columns={"value": "ours"}), KEYS[1:])
+    merged["status"] = np.where(merged["within"], "reproduced", "differs")
+    merged.loc[merged["model"] != PAPER_MODELS.get(model, model), "status"] = "other model"
+    merged.loc[merged["ours"].notna() & sample, "status"] = "sample data"
+    merged.loc[merged["ours"].isna(), "status"] = "not run"
+    return merged[[*KEYS, "paper", "ours", "difference", "status", "source", "grade"]]
+
+
+def measured() -> pd.DataFrame:
+    """What the notebooks measured of published numbers: `KEYS`, ours, status and profile."""
+    columns, paths = [*KEYS, "ours", "status", "profile"], sorted(FIGURES.glob("*/*_beside_paper.csv"))
+    tables = [pd.read_csv(path).assign(profile=path.parent.name) for path in paths]
+    kept = [table[columns].dropna(subset="ours") for table in tables if {*columns} <= {*table}]
+    return pd.concat(kept) if kept else pd.DataFrame(columns=columns)
+
+
+def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFrame:
+    """Every published number once or, where several profiles measured it, once a profile.
+
+    Args:
+        measured: see `measured`. Numbers of another model than the published one, or from sample data, do not count.
+        explanations: columns table, `KEYS`, variant and explanation, all str; an empty one fits every value.
+
+    Returns:
+        Columns table, `KEYS`, variant, paper, ours, difference, tolerance, status, profile.
+    """
+    published = pd.concat(read_paper(path.stem).assign(table=path.stem) for path in sorted(PAPER.glob("*.csv")))
+    same = measured.loc[~measured["status"].isin(["other model", "sample data"]), [*KEYS, "ours", "profile"]]
+    merged = _differences(published, same.assign(variant=""), [*KEYS, "variant"])
+    cases = {
+        "reproduced": merged["within"],
+        "differs": merged["ours"].notna(),
+        "not run: a variant of the paper's main setting": merged["variant"] != "",
+        "not run: no notebook measures this": merged["tolerance"].isna(),
+    }
+    for name in PAPER_MODELS.values():
+        cases[f"not run: needs a GPU and the model; ./run_all.sh {name}"] = merged["model"] == name
+    rest = "not run: a model that this project has no profile for"
+    merged["status"] = np.select(list(cases.values()), list(cases), rest)
+    for reason in explanations.to_dict("records"):
+        fits = merged["status"] == "differs"
+        for key in ("table", *KEYS, "variant"):
+            fits &= (merged[key].astype(str).str.lower() == reason[key].lower()) | (reason[key] == "")
+        merged.loc[fits, "status"] = f"explained: {reason['explanation']}"
+    return merged[["table", *KEYS, "variant", "paper", "ours", "difference", "tolerance", "status", "profile"]]
+
+
+def _differences(published: pd.DataFrame, ours: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Published rows with the columns paper, ours, difference, tolerance and within (the difference is tolerated)."""
+    merged = published.drop(columns="paper").rename(columns={"value": "paper"}).merge(ours, on=keys, how="left")
+    merged = merged.assign(difference=merged["ours"] - merged["paper"], tolerance=merged["metric"].map(TOLERANCE))
+    return merged.assign(within=merged["difference"].abs() <= merged["tolerance"] + 1e-9)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.report.paper", description=__doc__.partition("\n")[0])
+    parser.add_argument("--measured", action="store_true", help="only those that were measured here")
+    only = parser.parse_args().measured
+    table = comparison(measured(), pd.read_csv(EXPLANATIONS, dtype=str, keep_default_na=False))
+    print((table.dropna(subset="ours") if only else table).to_markdown(index=False, floatfmt=".2f"))
+    counts = table["status"].str.partition(":")[0].value_counts()
+    print(f"\n{len(table)} published numbers: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    return int((table["status"] == "differs").any())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

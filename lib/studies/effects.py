@@ -1,0 +1,86 @@
+"""What the notebooks say about TP's effect: the variants of a prompt beside each other, and TP's ends beside the best.
+
+Nothing here runs a model. The tables of items come from `lib.evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from lib.evaluation.intervals import compare, wide
+
+
+def compare_variants(
+    runs: dict[str, dict[str, pd.DataFrame]], statistic: Callable, reference: str | None = None, draws: int = 10_000
+) -> pd.DataFrame:
+    """Every variant of every prompt (baseline, TP, …) with its interval, and beside the reference of the same prompt.
+
+    Args:
+        runs: prompt -> variant -> table of items at one layer. statistic: from `lib.evaluation.intervals`.
+        reference: a variant; a prompt that does not have it gets no differences.
+
+    Returns:
+        Columns prompt, variant, layer and those of `lib.evaluation.intervals.compare` without run.
+    """
+    tables = []
+    for prompt, variants in runs.items():
+        table = compare(variants, statistic, reference if reference in variants else None, draws=draws)
+        layers = {variant: of["layer"].iloc[0] for variant, of in variants.items()}
+        tables.append(table.rename(columns={"run": "variant"}).assign(prompt=prompt, layer=table["run"].map(layers)))
+    table, names = pd.concat(tables, ignore_index=True), ["prompt", "variant", "layer"]
+    return table[[*names, *table.columns.drop(names)]]
+
+
+def overall(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the average of the tasks or, where there is only one task, of that one."""
+    return table[table["task"] == table["task"].iloc[-1]]
+
+
+def score_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """A table of `compare_variants` with a column per task; low and high are the interval of the average."""
+    names = ["prompt", "variant", "layer"]
+    return wide(scores, names).merge(overall(scores)[[*names, "low", "high"]], on=names)
+
+
+def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
+    """How each end of TP scores, and how it differs from the best of them, over the average of the tasks.
+
+    Args:
+        runs: end -> table of items, of the same items for all ends. statistic: from `lib.evaluation.intervals`.
+
+    Returns:
+        Columns end, value, low, high and, against the best end on the same resamples, difference (0 or less),
+        difference_low, difference_high. An end is worse than the best as far as the data can tell if difference_high is
+        below 0.
+    """
+    scores = overall(compare(runs, statistic, draws=0))
+    reference = scores.loc[scores["value"].idxmax(), "run"]
+    table = overall(compare(runs, statistic, reference, draws=draws))
+    return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)
+
+
+def describe_ends(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
+    """One sentence on whether the best end is deeper for transfer; tables from `compare_ends` over the same ends."""
+    tables = {"transfer": transfer.set_index("end"), "STS-B dev": sts.set_index("end")}
+    here, there = (table["value"].idxmax() for table in tables.values())
+    said = "Of these ends, " + " and ".join(
+        "{0} is best at {1} ({value:.1f}, 95 % interval {low:.1f} to {high:.1f})".format(name, end, **table.loc[end])
+        for (name, table), end in zip(tables.items(), (here, there), strict=True)
+    )
+    if here == there:
+        return f"{said}: the same end for both."
+    # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.
+    ends = zip(tables.items(), (there, here), strict=True)
+    apart = " and ".join(name for (name, table), end in ends if table.loc[end, "difference_high"] < 0)
+    told = f"paired intervals tell them apart on {apart}" if apart else "no paired interval tells them apart"
+    return f"{said}: {'deeper' if here > there else 'less deep'} for transfer, and {told}."
+
+
+def describe_effects(effects: pd.DataFrame, items: str = "pairs") -> str:
+    """One sentence about differences with intervals; columns prompt, difference_low, difference_high."""
+    better, worse = effects["difference_low"] > 0, effects["difference_high"] < 0
+    groups = {"better": better, "worse": worse, f"no different as far as these {items} can tell": ~better & ~worse}
+    parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
+    return f"With TP the average is {'; '.join(parts)}."

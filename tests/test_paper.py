@@ -1,0 +1,120 @@
+"""The papers' numbers beside ours: one tolerance a metric, and only an unexplained difference fails."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lib.report import paper
+from lib.report.paper import KEYS, PAPER_MODELS, TOLERANCE, beside_paper, comparison, read_paper, sts_table
+from lib.report.settings import load_settings
+
+LLAMA = "meta-llama/Llama-2-7b-hf"
+NONE = pd.DataFrame(columns=["table", *KEYS, "variant", "explanation"], dtype=str)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in paper.PAPER.glob("*.csv")))
+def test_published_tables_are_tidy_and_their_averages_those_of_their_rows(name):
+    table = read_paper(name)
+    columns = ["paper", "model", "method", "tp", "variant", "task", "metric", "value", "source", "grade", "note"]
+    assert list(table.columns) == columns and table["tp"].dtype == bool
+    assert np.isfinite(table["value"]).all() and (table["source"] != "").all()
+    assert set(table["grade"]) <= {"P", "R", "S"} and not table.duplicated([*KEYS, "variant"]).any()
+    checked = 0
+    for _, rows in table.groupby(["model", "method", "tp", "variant", "metric"]):
+        scores = rows.set_index("task")["value"]
+        if "Avg" in scores and len(scores) == 8:
+            assert scores.drop("Avg").mean() == pytest.approx(scores["Avg"], abs=0.011)
+            checked += 1
+    assert checked >= 6 or name in ("a4_cost", "a5_ablations", "a7_rerun", "b4_retrieval")
+
+
+def test_known_published_numbers():
+    table = read_paper("a1_sts_llama2_7b").set_index(["method", "tp", "task"])["value"]
+    assert table["prompteol", True, "Avg"] == 77.19 and table["cot", False, "STS-B"] == 78.95
+    with pytest.raises(ValueError, match="a1_sts_llama2_7b"):
+        read_paper("nothing")
+
+
+def test_a_number_beside_ours_says_what_it_is():
+    ours = pd.DataFrame({"method": ["prompteol"] * 2, "tp": [True, False], "task": "Avg", "value": [77.0, 60.0]})
+
+    def beside(model, sample=False):
+        return beside_paper(ours, "a1_sts_llama2_7b", model, sample).set_index(["method", "tp", "task"])
+
+    same, measured = beside(LLAMA), [("prompteol", tp, "Avg") for tp in (True, False)]
+    assert same.loc[measured, "status"].tolist() == ["reproduced", "differs"]
+    assert same.loc[measured[0], "difference"] == pytest.approx(-0.19)
+    assert same.loc[("ke", True, "STS12"), "status"] == "not run" and len(same) == len(read_paper("a1_sts_llama2_7b"))
+    for table, status in ((beside("smollm2"), "other model"), (beside(LLAMA, True), "sample data")):
+        assert table.loc[measured, "status"].tolist() == [status] * 2
+        assert table.loc[("ke", True, "STS12"), "status"] == "not run"
+
+
+@pytest.mark.parametrize("metric, table", [
+    ("spearman_x100", "a1_sts_llama2_7b"), ("accuracy_x100", "a3_transfer_llama2_7b"), ("time_ratio", "a4_cost"),
+    ("extra_tokens", "a4_cost"),
+])
+def test_there_is_one_tolerance_a_metric_wherever_a_number_is_compared(metric, table):
+    published = read_paper(table).query("metric == @metric and method == 'prompteol' and tp and variant == ''").iloc[:1]
+    for off, expected in ((0.9, "reproduced"), (1.1, "differs")) if TOLERANCE[metric] else ((0, "reproduced"),):
+        ours = published.assign(value=published["value"] + off * TOLERANCE[metric])
+        beside = beside_paper(ours[["method", "tp", "task", "metric", "value"]], table, LLAMA, False).dropna()
+        compared = comparison(beside.assign(profile="p"), NONE).query("table == @table").dropna(subset="ours")
+        assert beside["status"].tolist() == compared["status"].tolist() == [expected]
+        assert compared["metric"].item() == metric
+
+
+def test_metrics_of_one_task_are_not_mixed(monkeypatch):
+    rows = read_paper("a4_cost").query("method == 'prompteol' and tp").assign(task="STS-B")
+    assert set(rows["metric"]) == {"time_ratio", "extra_tokens"}
+    monkeypatch.setattr(paper, "read_paper", lambda _: rows)
+    ours = pd.DataFrame({"method": "prompteol", "tp": True, "task": "STS-B", "metric": ["time_ratio"], "value": [1.0]})
+    beside = beside_paper(ours, "a4_cost", LLAMA, False).set_index("metric")["ours"]
+    assert beside["time_ratio"] == 1 and np.isnan(beside["extra_tokens"])
+    with pytest.raises(ValueError):
+        beside_paper(ours.drop(columns="metric"), "a4_cost", LLAMA, False)
+
+
+def measured(off: float, **changes) -> pd.DataFrame:
+    """One number of Table 1, this far from the published one."""
+    row = read_paper("a1_sts_llama2_7b").query("method == 'prompteol' and tp and task == 'STS-B'").iloc[0]
+    return pd.DataFrame([{**row[KEYS], "ours": row["value"] + off, "status": "", "profile": "llama2-7b"} | changes])
+
+
+def test_an_explanation_fits_what_it_names():
+    def status(explanations):
+        table = comparison(measured(-0.6), explanations).dropna(subset="ours")
+        return table.loc[table["table"] == "a1_sts_llama2_7b", "status"].item()
+
+    reason = {key: "" for key in NONE} | {"model": "llama2-7b", "tp": "true", "explanation": "another tokenizer"}
+    assert status(NONE) == "differs" == status(pd.DataFrame([reason | {"task": "STS12"}]))
+    assert status(pd.DataFrame([reason])) == "explained: another tokenizer"
+
+
+def test_without_measurements_every_number_says_why():
+    for nothing in (measured(0)[:0], measured(-9, status="other model"), measured(-9, status="sample data")):
+        table = comparison(nothing, NONE)
+        assert len(table) > 400 and table["status"].str.startswith("not run: ").all()
+        assert table["status"].str.contains("./run_all.sh llama2-7b").any()
+
+
+def test_the_command_fails_on_a_difference_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paper, "FIGURES", tmp_path)
+    monkeypatch.setattr("sys.argv", ["paper"])
+    assert paper.main() == 0 and " not run" in capsys.readouterr().out
+    (tmp_path / "llama2-7b").mkdir()
+    measured(-5).drop(columns="profile").to_csv(tmp_path / "llama2-7b" / "sts_beside_paper.csv", index=False)
+    monkeypatch.setattr("sys.argv", ["paper", "--measured"])
+    assert paper.main() == 1
+    printed = capsys.readouterr().out
+    assert "1 differs" in printed and printed.count("| a1_sts") == 1
+
+
+@pytest.mark.parametrize("hub, profile", PAPER_MODELS.items())
+def test_every_model_of_the_paper_has_a_table_a_profile_and_settings(hub, profile):
+    assert profile in set(read_paper(sts_table(hub))["model"]) and sts_table("smollm2") == "a1_sts_llama2_7b"
+    parameters, settings = yaml.safe_load((paper.ROOT / "configs" / f"{profile}.yaml").read_text()), load_settings(hub)
+    assert parameters["parameters"]["model"] == hub
+    assert all(s.method.start == 1 and s.method.end < s.exit_layer for s in settings.values())
+    assert {"none", "prompteol", "cot", "ke", "ck", "metaeol"} <= settings.keys()
