@@ -15,11 +15,7 @@ from lib.data.download import DownloadError
 from lib.data.retrieval import HUB_FILES, SETS, hold_out, load_beir, load_beir_sets, sample_set
 from lib.data.sources import DataError, DataSource, MissingDataError, SampleDataWarning
 
-
-@pytest.fixture(autouse=True)
-def clean_slate(no_data):
-    """Each test starts without data and without a hub."""
-    sources.assume_hub_unreachable("not asked in tests")
+pytestmark = pytest.mark.usefixtures("no_data")  # each test starts without data and without a hub
 
 
 def lines(*rows):
@@ -71,15 +67,12 @@ def test_titles_are_joined_once_and_queries_without_judgement_left_out(tiny):
     assert tiny({"qrels/test.tsv": None, "qrels/test.jsonl": HUB_QRELS}, judgements=2).qrels["q2"] == {"d2": 1}
 
 
-def test_excluded_documents_come_from_a_file_or_are_the_query_itself(tiny):
+def test_excluded_documents_are_read_and_missing_ones_counted(tiny):
     extra = pairs(("q1", "d2", "-1"), ("q1", "d3", "-1"))
     assert tiny({"qrels/out.tsv": extra}, excluded="qrels/out.tsv").excluded == {"q1": {"d2", "d3"}}
     assert tiny(excluded="self").excluded == {"q1": {"q1"}}
     with pytest.raises(DataError, match="out.tsv, line 2: expected a document of corpus.jsonl, found 'd9'"):
         tiny({"qrels/out.tsv": pairs(("q2", "d9", "-1"))}, excluded="qrels/out.tsv")
-
-
-def test_a_judged_document_that_is_missing_counts_and_is_never_found(tiny):
     files = {"qrels/test.tsv": QRELS + "q1\tlost\t1\n"}
     assert tiny(files, judgements=4, missing=1).qrels["q1"] == {"d1": 3, "lost": 1}
     with pytest.raises(DataError, match="found 1 for missing, expected 0"):
@@ -87,18 +80,14 @@ def test_a_judged_document_that_is_missing_counts_and_is_never_found(tiny):
 
 
 MALFORMED = {  # file, its content, what the message says
-    "no JSON": ("corpus.jsonl", CORPUS + "{d5\n", "line 5: expected a JSON object with _id, text, found '{d5'"),
     "number as title": ("corpus.jsonl", lines({"_id": "d", "text": "", "title": 7}), "line 1: expected a string in t"),
-    "number as text": ("corpus.jsonl", lines({"_id": "d", "text": 7}), "line 1: expected a string in text, found 7"),
     "half a character": ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}', "line 1: expected a JSON object"),
     "lists in lists": ("queries.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
     "endless digits": ("queries.jsonl", '{"_id": 1' + "0" * 5000 + ', "text": "t"}', "line 1: expected a JSON object"),
     "no text": ("queries.jsonl", QUERIES + '{"_id": "q4"}\n', "line 4: expected a JSON object with _id, text"),
     "same id": ("corpus.jsonl", CORPUS + CORPUS, "line 5: expected an _id that no line before has, found 'd1'"),
     "empty query": ("queries.jsonl", lines({"_id": "q1", "text": " "}), "line 1: expected a text"),
-    "not UTF-8": ("corpus.jsonl", CORPUS.encode() + b"\xe9\n", "line 5: expected UTF-8"),
     "no header": ("qrels/test.tsv", "q1\td1\t3\n", "line 1: expected the header 'query-id"),
-    "two columns": ("qrels/test.tsv", QRELS + "q1\td2\n", "line 5: expected '{query}"),
     "half a grade": ("qrels/test.tsv", QRELS + "q1\td2\t0.5\n", "line 5: expected a whole score from 0, found '0.5'"),
     "beyond all floats": ("qrels/test.tsv", QRELS + f"q1\td2\t1{'0' * 400}\n", "line 5: expected a whole score from 0"),
     "no such query": ("qrels/test.tsv", QRELS + "q9\td2\t1\n", "line 5: expected a query of queries.jsonl, found 'q9'"),
@@ -175,7 +164,7 @@ def test_queries_are_held_out_and_the_rest_is_the_rest():
 
 
 def test_what_cannot_be_had_says_what_to_do_and_the_sample_stands_in_only_for_all(monkeypatch, tmp_path):
-    for name, message in (("scifact", r"TP_DATA_DIR/beir/scifact \(not set\), .*\(not asked in tests\).*go online"),
+    for name, message in (("scifact", r"TP_DATA_DIR/beir/scifact \(not set\), .*\(tests do not ask it\).*go online"),
                           ("cranfield", r"downloads/beir/cranfield \(not there\), the hub \(not there\).*put its")):
         with pytest.raises(MissingDataError, match=message):
             load_beir(name)

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 
 from lib.core.store import ROOT
+from lib.report.figures import label
 
 README = (ROOT / "README.md").read_text()
 NAMED = r"`((?:lib|configs|data|notebooks|figures|benchmarks|tests)/[\w./-]+)`"
 
-# README table, found by words of its header -> the CSV behind it, the column of the README whose cells name the CSV's rows
-# in its first column, and README column -> CSV column. A cell may hold "value (low to high)" and bold.
-TABLES: dict[str, tuple] = {}
+# A table whose numbers come from files says so: <!-- numbers: figures/default/a.csv figures/default/b.csv -->
+TABLES = re.findall(r"<!-- numbers: (.+?) -->\n+((?:\|.*\n)+)", README)
 
 
 def test_the_library_example_runs(capsys, smollm2):
@@ -28,3 +28,31 @@ def test_the_library_example_runs(capsys, smollm2):
 @pytest.mark.parametrize("path", sorted({*re.findall(r"\]\(([^)#]+)\)", README), *re.findall(NAMED, README)}))
 def test_what_is_linked_or_named_exists(path):
     assert path.startswith(("https://", "data/cache", "data/downloads")) or (ROOT / path).exists()
+
+
+def test_it_opens_with_a_figure_and_a_table_of_published_numbers_and_then_the_two_commands():
+    before, _, after = README.partition("\n## ")
+    assert "![" in before and TABLES and TABLES[0][1] in before
+    assert re.findall(r"^    (\./\S+)", after, re.M)[:2] == ["./run_all.sh", "./run_tests.sh"]
+
+
+@pytest.mark.parametrize("files, table", TABLES, ids=[files.split("/")[-1] for files, _ in TABLES])
+def test_the_numbers_of_a_table_are_those_of_its_files(files, table):
+    """Every number with a decimal point stands, rounded, in a row of the files that holds the name in the first cell.
+
+    What stands in the cell after a comma or in brackets only explains the name.
+    """
+    frames = [pd.read_csv(ROOT / file) for file in files.split()]
+    for line in table.splitlines()[2:]:
+        name, *cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        name = re.split(r", | \(", name)[0]
+        rows = [row for frame in frames for row in frame.itertuples(index=False)]
+        rows = [row for row in rows if any(isinstance(v, str) and name in (v, label(v)) for v in row)]
+        values = [value for row in rows for value in row if isinstance(value, float)]
+        for number in re.findall(r"[-+]?\d+\.\d+", " ".join(cells)):
+            limit = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
+            assert any(abs(value - float(number)) <= limit for value in values), f"{name}: {number} is in none of {files}"
+
+
+def test_the_matrix_of_releases_is_the_one_that_the_script_wrote():
+    assert "| family |" not in README or (ROOT / "figures" / "transformers_matrix.md").read_text().strip() in README

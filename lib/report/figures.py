@@ -51,7 +51,7 @@ def drawable(text: str) -> str:
     """Text as matplotlib can draw it: characters that its fonts lack as escapes, `$` not taken for mathematics."""
     normal, bold = (get_font(findfont(FontProperties(weight=weight))).get_charmap() for weight in ("normal", "bold"))
     known = normal.keys() & bold.keys()
-    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
+    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in text).replace("$", r"\$")
 
 
 def label(name: object, column: str = "prompt") -> str:
@@ -86,8 +86,8 @@ def key(text: str, color: str = "0.35", **style):
 def panels(table: pd.DataFrame, across: str | None, down: str | None = None, *, height: float, **share):
     """A figure, and for each panel its axis and its part of the table; `height` is that of a row of panels in inches.
 
-    Panels of `across` stand side by side, at most four in a row, those of `down` below each other; with more than four
-    of both, the two change places.
+    Panels of `across` stand side by side, at most four in a row, those of `down` below each other. If both are given and
+    `across` has more than four, they change places.
     """
     if across and down and table[across].nunique() > 4:
         across, down = down, across
@@ -116,7 +116,7 @@ def finish(figure, title: str, keys: Sequence = (), xlabel: str = "", ylabel: st
     """The figure, made higher by its title and, below it, the legend `keys`, on the left above the panels."""
     lines, body = wrap(drawable(title), 94), figure.get_figheight()
     widths = [0.65 + 0.068 * len(entry.get_label()) for entry in keys] or [WIDTH]
-    columns = len(keys) if sum(widths) < WIDTH else int(WIDTH / max(widths))
+    columns = len(keys) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
     above = 0.14 + 0.18 * len(lines)
     height = body + above + (0.06 + 0.18 * ceil(len(keys) / columns) if keys else 0)
     figure.set_size_inches(WIDTH, height)
@@ -134,7 +134,8 @@ def log_axis(axis, which: str) -> None:
     axis.set(**{f"{which}scale": "log"})
     line, (low, high) = getattr(axis, f"{which}axis"), getattr(axis, f"get_{which}lim")()
     if high < 500 * low:
-        line.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)))
+        steps = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)
+        line.set_major_locator(LogLocator(subs=steps) if high > 2 * low else MaxNLocator(5))
         line.set_major_formatter("{x:g}")
         line.set_minor_locator(NullLocator())
 

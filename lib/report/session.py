@@ -119,7 +119,7 @@ class Session:
         """Write a table (`.csv`, `.md`) or figure (`.png`) to `figures/<profile>/` with its provenance; display it.
 
         Args:
-            caption: what it is; model, dtype and data are added.
+            caption: what it is; `where` is added (by default model, dtype and data).
             digits: of the numbers in the notebook and in the `.md`; the CSV has six.
             detail: a `DataFrame.query`: only these rows are displayed, and never more than 40.
         """

@@ -33,10 +33,6 @@ RUNS = ROOT / "runs"
 NOT_SHARED = "05_cost_measurement"
 
 
-class UsageError(ValueError):
-    """Something asked for does not exist; the message lists what does."""
-
-
 def main(arguments: list[str]) -> int:
     """The command; 0 if all is well, 1 after a failure, 2 (`SystemExit`) for a wrong call, 130 after an interrupt."""
     parser = argparse.ArgumentParser(
@@ -61,8 +57,8 @@ def main(arguments: list[str]) -> int:
         paths = choose(options.notebooks)
         given = {name: yaml.safe_load(value) for name, value in options.parameter}
         parameters = parameters_of(options.profile, paths, given)
-    except UsageError as error:
-        parser.error(str(error))
+    except LookupError as error:
+        parser.error(error.args[0])
     context = options.context or ({"fresh_since": time.time()} if options.fresh else {})
     if options.processes > 1:
         paths = [path for path in paths if path.stem != NOT_SHARED]
@@ -120,7 +116,7 @@ def declared(path: Path) -> dict[str, dict]:
 def parameters_of(profile: str, notebooks: list[Path], given: dict) -> dict[str, dict]:
     """Parameters for each notebook: the profile's, and over them what was given on the command line.
 
-    Raises `UsageError` for a profile, notebook or parameter that does not exist; papermill would only warn.
+    A profile, notebook or parameter that does not exist is a `LookupError` with those that do; papermill only warns.
     """
     content, known = read_profile(profile), {path.stem: declared(path) for path in existing()}
     shared, own, stems = content["parameters"], content["notebooks"], [path.stem for path in notebooks]
@@ -136,7 +132,7 @@ def parameters_of(profile: str, notebooks: list[Path], given: dict) -> dict[str,
 def _must_exist(names, known, kind: str) -> None:
     for name in names:
         if name not in known:
-            raise UsageError(f"unknown {kind} {name!r}; there are {', '.join(sorted(known))}")
+            raise LookupError(f"unknown {kind} {name!r}; there are {', '.join(sorted(known))}")
 
 
 def launch(count: int, arguments: list[str], context: dict) -> None:
@@ -183,18 +179,18 @@ def run(paths: list[Path], parameters: dict[str, dict], folder: Path, context: d
 
 
 def execute(path: Path, given: dict, copy: Path, context: dict, data: str) -> str:
-    """One notebook through papermill. Writes the executed copy and beside it, for `lib.run.publish`, a record of it.
+    """One notebook through papermill: writes the executed copy and beside it, for `lib.run.publish`, a record of the run.
 
     Args:
         given: values of parameters.
-        context: what the notebook gets as its parameter `context`, with more: see `lib.report.session.start`. Here
+        context: a part of what the notebook gets as the parameter `context` (see `lib.report.session.start`). Here
             `meeting` is a folder, in which each notebook gets a file.
         data: which data this is, for the record.
 
     Returns what it took, in words. Raises papermill's and nbclient's errors.
     """
-    copy.parent.mkdir(parents=True, exist_ok=True)
     log, record = copy.with_suffix(".log"), copy.with_suffix(".json")
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     defaults = {name: ast.literal_eval(about["default"]) for name, about in declared(path).items()}
     context = context | {"log": str(log), "parameters": defaults | given}

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-# What takes seconds to import; the first two import most of what `lib` uses.
-PRELOADED = ["lib.report.session", "lib.evaluation.transfer", "ipykernel.kernelapp"]
-PRELOADED += ["transformers.models.llama.modeling_llama"]  # the bundled model's
+# What takes seconds to import: with the first two most of what `lib` uses, and the bundled model's code.
+PRELOADED = ["lib.report.session", "lib.evaluation.transfer", "transformers.models.llama.modeling_llama"]
+PRELOADED += ["ipykernel.kernelapp"]
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else None)
 
 
@@ -55,7 +55,8 @@ class _Process(CONTEXT.Process):
         return self.exitcode
 
     def wait(self) -> int | None:
-        return self.join() or self.exitcode
+        self.join()
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
