@@ -36,7 +36,7 @@ def test_context_dependency_is_a_rank_correlation_with_the_last_state(method):
 
 def test_attention_to_the_placeholder_is_that_of_the_model():
     backbone, encoder = tiny_backbone(), SentenceEncoder(tiny_backbone(), "prompteol", TokenPrepending(1, 3))
-    attention_to_placeholder(encoder, SENTENCES[:1])  # Transformers puts hooks of its own on a model that once returned this
+    attention_to_placeholder(encoder, SENTENCES[:1])  # the first time, Transformers puts hooks of its own on the model
     before, hooks = backbone.model.config._attn_implementation, hook_ids(backbone.model)
     table = attention_to_placeholder(encoder, SENTENCES)
     assert backbone.model.config._attn_implementation == before and hook_ids(backbone.model) == hooks

@@ -16,10 +16,8 @@ from lib.data.sources import EvaluationData
 from lib.evaluation.alignment import alignment_metrics, alignment_scores, decode_logits, embedding_ranks
 from lib.evaluation.sts import cosine, spearman
 from lib.evaluation.vocabulary import CONTENT_RULE
-from lib.studies.key_tokens import (
-    CONTENT, MERGED, STUDIED, Spectrum, adjustments, component_variation, contributions, gain_relation,
-    key_token_scores, shift_study, spectrum_stability,
-)
+from lib.studies import key_tokens
+from lib.studies.key_tokens import CONTENT, MERGED, STUDIED, Spectrum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["A dog runs home.", "The cat sleeps.", "Rain fell all day.", "A dog sleeps."]
@@ -67,7 +65,7 @@ def test_gains_by_hand(spelled):
     encoders = {"baseline": speller(spelled, angles, nothing),
                 "TP": speller(spelled, angles | {second: 75, third: 85, fourth: 25}, some)}
     data = pairs_of([first, second, first], [second, third, fourth], [1.0, 2.0, 3.0])
-    found = gain_relation(encoders, spelled, data, [2], draws=200)
+    found = key_tokens.gain_relation(encoders, spelled, data, [2], draws=200)
     # LAR gains of the pairs: 3/4, 1/4, 3/4. Distances of the ranks from gold: 2, 0, 2 before and 0, 1, 1 after, of 3.
     assert found[["variant", "layer"]].to_numpy().tolist() == [["TP", 2]]
     assert found["gain in LAR"][0] == pytest.approx(1.75 / 3)
@@ -75,13 +73,13 @@ def test_gains_by_hand(spelled):
     assert found["spearman"][0] == pytest.approx(100 * np.sqrt(3) / 2)  # ranks 2.5, 1, 2.5 and 3, 1, 2
     assert found["low"][0] <= found["spearman"][0] <= found["high"][0]
     data = pairs_of([first, second, first, first], [second, third, fourth, empty], [1.0, 2.0, 3.0, 3.0])
-    without = gain_relation(encoders, spelled, data, [2], draws=20)  # a pair with a text without tokens does not count
+    without = key_tokens.gain_relation(encoders, spelled, data, [2], draws=20)  # a pair with a text without tokens does not count
     assert without["gain in LAR"][0] == pytest.approx(1.75 / 3)
 
 
 def test_scores_by_rule_and_layer(backbone):
     encoder = SentenceEncoder(backbone, "prompteol")
-    table = key_token_scores({"a": encoder, "b": encoder}, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
+    table = key_tokens.key_token_scores({"a": encoder, "b": encoder}, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
     assert list(zip(table["rule"], table["layer"]))[::10] == [(MERGED, 2), (MERGED, 4), (CONTENT, 2), (CONTENT, 4)]
     assert (table["difference"] == 0).all()
     ranks = embedding_ranks(backbone, encoder.encode_layers(TEXTS, [2])[2], 2, TEXTS, CONTENT_RULE)
@@ -115,13 +113,13 @@ def test_changing_embeddings_along_components():
 def test_variation_by_hand():
     backbone = np.array([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]], np.float32)
     embedder = np.array([[1.0, 1.0, 2.0], [-1.0, 1.0, -2.0]], np.float32)
-    table = component_variation(backbone, embedder, np.eye(3)[:2])
+    table = key_tokens.component_variation(backbone, embedder, np.eye(3)[:2])
     # Changes (-1, 1, 2) and (-5, 1, -2), mean (-3, 1, 0): squared norms 6 and 30, of the mean 10.
     assert table["component"].tolist() == [1, 2]
     np.testing.assert_allclose(table[["variation", "deviation"]], [[-3, 2], [1, 0]])
     np.testing.assert_allclose(table[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
-        component_variation(backbone, embedder[:1], np.eye(3))
+        key_tokens.component_variation(backbone, embedder[:1], np.eye(3))
 
 
 def test_an_embedder_that_only_moves_the_first_component_is_found_out():
@@ -130,7 +128,7 @@ def test_an_embedder_that_only_moves_the_first_component_is_found_out():
     spectrum = Spectrum.between(states, target)
     np.testing.assert_allclose(spectrum.variation["variation"], [-2.5, 0, 0, 0, 0], atol=1e-9)
     np.testing.assert_allclose(spectrum.shift()(states), target, atol=1e-5)
-    table = spectrum_stability({"m": states}, target, (20, 60, 500))
+    table = key_tokens.spectrum_stability({"m": states}, target, (20, 60, 500))
     assert table["N"].tolist() == [20, 60, 20, 60] and table["centred"].tolist() == [False, False, True, True]
     whole = table[(table["N"] == 60) & ~table["centred"]].iloc[0]
     assert (whole["v_1"], whole["share"], whole["cosine"]) == pytest.approx((-2.5, 1, 1))
@@ -142,7 +140,7 @@ def test_contributions_add_up(family):
     backbone, generator = tiny_backbone(family), np.random.default_rng(2)
     state = generator.normal(size=32).astype(np.float32)
     component = np.eye(32)[3]
-    table = contributions(backbone, state, component, k=5)
+    table = key_tokens.contributions(backbone, state, component, k=5)
     along, bias = decode_logits(backbone, np.stack([(state @ component) * component, 0 * state]).astype(np.float32))
     assert np.any(bias) == (family == "phi")
     np.testing.assert_allclose(table["along"], (along - bias)[table["id"]], atol=1e-5)
@@ -150,7 +148,7 @@ def test_contributions_add_up(family):
     np.testing.assert_allclose(table["along"] + table["rest"], whole, atol=1e-5)
     assert table["logit"].is_monotonic_decreasing
     with pytest.raises(ValueError, match="not linear"):
-        contributions(SimpleNamespace(unembedding=torch.nn.Sequential(), name="masked"), state, component)
+        key_tokens.contributions(SimpleNamespace(unembedding=torch.nn.Sequential(), name="masked"), state, component)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +160,7 @@ def study(backbone):
 
 
 def test_shifting_by_nothing_changes_nothing_and_by_much_all(backbone, study):
-    table = shift_study(*study, backbone, TEXTS, [0.0, 200.0], draws=20)
+    table = key_tokens.shift_study(*study, backbone, TEXTS, [0.0, 200.0], draws=20)
     assert table["method"].unique() == ["m"] and set(table["metric"]) == set(STUDIED)
     at = table[table["metric"] == "LAR"].set_index("amount")["value"]
     first = np.tile(-study[1]["m"].first, (4, 1)).astype(np.float32)  # so far out, all texts have the ranking of -u_1
@@ -173,7 +171,7 @@ def test_shifting_by_nothing_changes_nothing_and_by_much_all(backbone, study):
 
 def test_adjustments_are_measured_against_none(backbone, study):
     data = pairs_of(TEXTS[:3], TEXTS[1:], [1.0, 3.0, 2.0])
-    table = adjustments(*study, backbone, data, draws=20).set_index("adjustment")
+    table = key_tokens.adjustments(*study, backbone, data, draws=20).set_index("adjustment")
     assert list(table.index) == ["none", "shifted by v_1", "mean subtracted", "first component removed"]
     assert (table.loc["none", ["difference", "difference_low", "difference_high"]] == 0).all()
     states = MeanRemoved(study[1]["m"].mean)(study[0]["m"].encode(TEXTS))

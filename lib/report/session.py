@@ -103,14 +103,18 @@ class Session:
         """`sts_pairs` through the result store."""
         from lib.evaluation.sts import sts_pairs
 
-        return self.stored("sts", sts_pairs, encoder, data, _indices(encoder, layers))
+        return self._by_task("sts", sts_pairs, encoder, data, layers)
 
     def transfer(self, encoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None) -> pd.DataFrame:
-        """`transfer_predictions` through the result store, where each task is a result."""
-        from lib.evaluation.transfer import transfer_predictions as compute  # here: scikit-learn takes long to import
+        """`transfer_predictions` through the result store."""
+        from lib.evaluation.transfer import transfer_predictions  # here: scikit-learn takes long to import
 
+        return self._by_task("transfer", transfer_predictions, encoder, data, layers)
+
+    def _by_task(self, name: str, compute: Callable, encoder, data: dict, layers) -> pd.DataFrame:
+        """A result a task, encoded by itself, so that a task has the same batches and scores in whatever company."""
         layers = _indices(encoder, layers)
-        tables = [self.stored(f"transfer-{name}", compute, encoder, {name: of}, layers) for name, of in data.items()]
+        tables = [self.stored(f"{name}-{task}", compute, encoder, {task: of}, layers) for task, of in data.items()]
         return pd.concat(tables, ignore_index=True)
 
     def show(

@@ -40,7 +40,6 @@ def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd
     return pd.DataFrame(rows, columns=["sentence", "token", "correlation"])
 
 
-@torch.inference_mode()
 def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd.DataFrame:
     """The share of its attention that each sentence token gives to the placeholder in each block, mean over the heads.
 
@@ -55,7 +54,8 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
     backbone, rows = encoder.backbone, []
     for number, sentence in enumerate(sentences):
         batch, span, attached = _one(encoder, sentence)
-        with attached, _eager_attention(backbone), safe_float16(backbone.layers[0], backbone.device, backbone.dtype):
+        safe = safe_float16(backbone.layers[0], backbone.device, backbone.dtype)
+        with torch.inference_mode(), attached, _eager_attention(backbone), safe:
             attentions = backbone.base(input_ids=batch.ids, use_cache=False, output_attentions=True).attentions
         placeholder = int(batch.placeholders[0, 0])
         texts = [backbone.tokenizer.decode(token).strip() for token in batch.ids[0, span]]
