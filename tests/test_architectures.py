@@ -28,9 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHea
 
 import lib.core.forward
 import lib.core.tokens
+from lib.core.backbone import Backbone, UnsupportedModelError
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states, run_prefix, shares_prefix
-from lib.core.backbone import Backbone, UnsupportedModelError
 from lib.core.prompts import PROMPTS
 from lib.core.token_prepending import Placement, TokenPrepending
 

@@ -80,20 +80,16 @@ def test_excluded_documents_are_read_and_missing_ones_counted(tiny):
 
 
 MALFORMED = {  # file, its content, what the message says
-    "number as title": ("corpus.jsonl", lines({"_id": "d", "text": "", "title": 7}), "line 1: expected a string in t"),
     "half a character": ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}', "line 1: expected a JSON object"),
     "lists in lists": ("queries.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
-    "endless digits": ("queries.jsonl", '{"_id": 1' + "0" * 5000 + ', "text": "t"}', "line 1: expected a JSON object"),
     "no text": ("queries.jsonl", QUERIES + '{"_id": "q4"}\n', "line 4: expected a JSON object with _id, text"),
     "same id": ("corpus.jsonl", CORPUS + CORPUS, "line 5: expected an _id that no line before has, found 'd1'"),
     "empty query": ("queries.jsonl", lines({"_id": "q1", "text": " "}), "line 1: expected a text"),
     "no header": ("qrels/test.tsv", "q1\td1\t3\n", "line 1: expected the header 'query-id"),
     "half a grade": ("qrels/test.tsv", QRELS + "q1\td2\t0.5\n", "line 5: expected a whole score from 0, found '0.5'"),
-    "beyond all floats": ("qrels/test.tsv", QRELS + f"q1\td2\t1{'0' * 400}\n", "line 5: expected a whole score from 0"),
     "no such query": ("qrels/test.tsv", QRELS + "q9\td2\t1\n", "line 5: expected a query of queries.jsonl, found 'q9'"),
     "judged twice": ("qrels/test.tsv", QRELS + "q1\td1\t1\n", "line 5: expected a pair that no line before has"),
     "no file": ("qrels/test.tsv", None, "expected this file"),
-    "documents": ("corpus.jsonl", CORPUS + lines({"_id": "d9", "text": "x"}), "found 5 for documents, expected 4"),
     "judgements": ("qrels/test.tsv", QRELS + "q1\td2\t1\n", "found 4 for judgements, expected 3"),
 }
 
@@ -136,9 +132,7 @@ def test_any_lines_after_the_good_ones_give_a_valid_set_or_a_data_error(tmp_path
 
 def test_sampled_sets_are_nested_and_keep_what_their_queries_need():
     data = load_beir("sample")
-    whole = sample_set(data, None, None)
-    assert whole.corpus is data.corpus and whole.queries is data.queries and data.source.is_sample
-    assert {grade for judged in data.qrels.values() for grade in judged.values()} == {1, 2}
+    assert sample_set(data, None, None).corpus is data.corpus and data.source.is_sample
     smaller = sample_set(data, 2, 5)
     for queries, documents in ((2, 5), (5, 5), (5, 20), (9, 60), (None, 60)):
         few = sample_set(data, queries, documents)
@@ -164,46 +158,34 @@ def test_queries_are_held_out_and_the_rest_is_the_rest():
 
 
 def test_what_cannot_be_had_says_what_to_do_and_the_sample_stands_in_only_for_all(monkeypatch, tmp_path):
-    for name, message in (("scifact", r"TP_DATA_DIR/beir/scifact \(not set\), .*\(tests do not ask it\).*go online"),
-                          ("cranfield", r"downloads/beir/cranfield \(not there\), the hub \(not there\).*put its")):
-        with pytest.raises(MissingDataError, match=message):
-            load_beir(name)
+    with pytest.raises(MissingDataError, match=r"downloads/beir/cranfield \(not there\), the hub \(not there\)"):
+        load_beir("cranfield")
     with pytest.raises(ValueError, match="Unknown retrieval set 'trec'; choose from cranfield, msmarco-sample"):
         load_beir("trec")
     with pytest.warns(SampleDataWarning, match="compare with no paper.*'cranfield' cannot be found.*'fiqa' cannot be"):
         found, reasons = load_beir_sets(["cranfield", "fiqa"])
     assert list(found) == ["sample"] and list(reasons) == ["cranfield", "fiqa"]
     for name, content in FILES.items():
-        put(sources.DATA / "downloads" / "beir" / "tiny" / name, content)
         put(tmp_path / "mine" / "beir" / "tiny" / name, content)
     monkeypatch.setitem(SETS, "tiny", {"documents": 4, "queries": 2, "judgements": 3})
-    assert load_beir("tiny").source.kind == "downloads"
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "mine"))
     found, reasons = load_beir_sets(["tiny", "fiqa"])
     assert found["tiny"].source.kind == "folder" and list(reasons) == ["fiqa"]
 
 
-@pytest.fixture
-def hub(monkeypatch):
+@pytest.mark.parametrize("failure", ["corpus.jsonl", "queries.jsonl", "gone"])
+def test_a_set_is_downloaded_once_and_whole_or_not_at_all(monkeypatch, failure):
     monkeypatch.setitem(SETS, "scifact", {"documents": 4, "queries": 2, "judgements": 2, "repo": "mteb/scifact"})
-    files = zip(HUB_FILES, (CORPUS, QUERIES, HUB_QRELS), strict=True)
-    with serving({name: text.encode() for name, text in files}, monkeypatch) as hub:
-        yield hub
-
-
-@pytest.mark.parametrize("failure", ["corpus.jsonl", "queries.jsonl", "gone", ""])
-def test_a_set_is_downloaded_once_and_whole_or_not_at_all(hub, failure):
     folder = sources.DATA / "downloads" / "beir" / "scifact"
-    if failure:
+    files = dict(zip(HUB_FILES, (CORPUS.encode(), QUERIES.encode(), HUB_QRELS.encode()), strict=True))
+    with serving({k: v for k, v in files.items() if failure != "gone" or "corpus" in k}, monkeypatch) as hub:
         hub.stated[failure] = "0" * 40
-        if failure == "gone":
-            del hub.files["queries.jsonl"]
         with pytest.raises(DownloadError, match="404" if failure == "gone" else f"the hash of {failure} was not"):
             load_beir_sets(["scifact", "cranfield"])
         assert not folder.exists()
-    hub.stated, hub.files = {}, hub.files | {"queries.jsonl": QUERIES.encode()}
-    data = load_beir("scifact")
-    assert data.source == DataSource("downloads", folder) and data.qrels == {"q1": {"d1": 3}, "q2": {"d2": 1}}
-    assert sorted(p.name for p in folder.iterdir()) == ["corpus.jsonl", "qrels", "queries.jsonl"]
-    asked = len(hub.requests)
-    assert load_beir("scifact").corpus["text"] == data.corpus["text"] and len(hub.requests) == asked
+        hub.stated, hub.files = {}, files
+        data = load_beir("scifact")
+        assert data.source == DataSource("downloads", folder) and data.qrels == {"q1": {"d1": 3}, "q2": {"d2": 1}}
+        assert sorted(p.name for p in folder.iterdir()) == ["corpus.jsonl", "qrels", "queries.jsonl"]
+        asked = len(hub.requests)
+        assert load_beir("scifact").corpus["text"] == data.corpus["text"] and len(hub.requests) == asked

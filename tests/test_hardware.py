@@ -11,10 +11,10 @@ import torch
 from accelerate import dispatch_model
 from tiny_models import FAMILIES, LAYERS, assert_same, build_tokenizer, cosines, tiny_backbone
 
+from lib.core.backbone import Backbone, ModelNotFoundError, load_backbone
 from lib.core.batches import halves, is_out_of_memory
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states
-from lib.core.backbone import Backbone, ModelNotFoundError, load_backbone
 from lib.core.token_prepending import TokenPrepending
 
 SENTENCES = ["A man is playing a large flute.", "The plane takes off.", "No.", "Three children, who are cold, run across the field!"]

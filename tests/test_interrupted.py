@@ -1,4 +1,4 @@
-"""What becomes of a run that is killed, that has company, or that is shared by two processes: the tables stay the same."""
+"""A run that is killed, that has company, or that is shared by two processes: its tables stay the same."""
 
 import os
 import random
@@ -15,8 +15,8 @@ from tiny_models import build_tokenizer, tiny_backbone
 
 from lib.core.store import ROOT
 
-# A notebook's work on a tiny model: undisturbed; then, for n = 1, 2, ... until it gets through, in a forked process that is
-# killed at the n-th moment before or after a file is synced or gets its name, and in another one that goes on from there.
+# A notebook's work on a tiny model: undisturbed; then, for n = 1, 2, ... until it gets through, in a forked process
+# that is killed at the n-th moment before or after a file is synced or gets its name, and in another that goes on.
 EVERY_MOMENT = """
 import contextlib, io, itertools, json, os, shutil, signal
 from pathlib import Path
@@ -80,11 +80,12 @@ def test_killed_at_any_moment_of_a_write_it_goes_on_and_gives_the_same(tmp_path)
     tiny_backbone().model.save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", EVERY_MOMENT]
-    environment = {k: v for k, v in os.environ.items() if k != "TP_DATA_DIR"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TP_DATA_DIR"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     killed, *names = done.stdout.split()[-3:]
-    assert int(killed) >= 16 and names == ["scores.csv", "scores.md"], "embeddings, results, tables and provenance are files"
+    assert int(killed) >= 16 and names == ["scores.csv", "scores.md"]
 
 
 @pytest.fixture(scope="module")

@@ -29,23 +29,20 @@ def drawn(count: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
 
 
-def test_spearman_of_a_resample_is_that_of_its_repeated_rows():
+def test_statistics_of_a_resample_are_those_of_its_repeated_rows():
     generator = np.random.default_rng(3)
     gold = generator.integers(0, 5, 25).astype(float)  # many ties
-    tables = [pd.DataFrame({"gold": gold, "similarity": s})
-              for s in (gold + generator.normal(size=25), np.round(generator.normal(size=25)))]
     weights = np.vstack([np.ones(25, int), drawn(25, 40)])
-    repeated = [[np.repeat(table.to_numpy(), row, axis=0).T for table in tables] for row in weights]
-    expected = [[100 * spearmanr(*columns).statistic for columns in row] for row in repeated]
-    np.testing.assert_allclose(SPEARMAN(tables, weights), expected, atol=1e-9)
-
-
-def test_area_under_roc_of_a_resample_is_that_of_its_repeated_rows():
-    generator = np.random.default_rng(4)
-    table = pd.DataFrame({"positive": generator.random(30) < 0.4, "similarity": np.round(generator.normal(size=30), 1)})
-    weights = np.vstack([np.ones(30, int), drawn(30, 20)])
-    expected = [roc_auc_score(*np.repeat(table.to_numpy(float), row, axis=0).T) for row in weights]
-    np.testing.assert_allclose(area_under_roc([table], weights)[:, 0], expected)
+    tables = [pd.DataFrame({"gold": gold, "similarity": s, "positive": gold > 2})
+              for s in (gold + generator.normal(size=25), np.round(generator.normal(size=25)))]
+    repeated = [[table.loc[np.repeat(range(25), row)] for table in tables] for row in weights]
+    for statistic, by_hand in (
+        (SPEARMAN, lambda rows: 100 * spearmanr(rows["gold"], rows["similarity"]).statistic),
+        (area_under_roc, lambda rows: roc_auc_score(rows["positive"], rows["similarity"])),
+        (mean_of("gold"), lambda rows: rows["gold"].mean()),
+    ):
+        expected = [[by_hand(rows) for rows in of_draw] for of_draw in repeated]
+        np.testing.assert_allclose(statistic(tables, weights), expected, atol=1e-9)
 
 
 def test_groups_are_resampled_by_themselves():
@@ -80,19 +77,14 @@ def test_intervals_of_a_distinct_share_are_centred_on_the_measured_value():
 
 def test_differences_are_those_of_scipys_paired_bootstrap():
     one, other = run(0.8, 1, {"t": 200}), run(1.5, 2, {"t": 200})
-    gold, a, b = (one["gold"], one["similarity"], other["similarity"])
-    right = [table["right"].to_numpy() for table in (one, other)]
-    wanted = {
-        SPEARMAN: bootstrap((gold, a, b), lambda g, x, y: 100 * (spearmanr(g, x)[0] - spearmanr(g, y)[0]), paired=True,
-                            n_resamples=2000, method="percentile", vectorized=False, rng=np.random.default_rng(0)),
-        mean_of("right"): bootstrap(right, lambda x, y, axis: (x - y).mean(axis=axis), paired=True, n_resamples=5000,
-                                    method="percentile", rng=np.random.default_rng(0)),
-    }
-    for statistic, expected in wanted.items():
-        found = compare({"one": one, "other": other}, statistic, "other").iloc[0]
-        low, high = expected.confidence_interval
-        close = pytest.approx([low, high], abs=0.06 * (high - low))
-        assert found[["difference_low", "difference_high"]].to_list() == close
+    data = (one["gold"], one["similarity"], other["similarity"])
+    low, high = bootstrap(
+        data, lambda gold, a, b: 100 * (spearmanr(gold, a)[0] - spearmanr(gold, b)[0]), paired=True, n_resamples=1500,
+        method="percentile", vectorized=False, rng=np.random.default_rng(0),
+    ).confidence_interval
+    found = compare({"one": one, "other": other}, SPEARMAN, "other").iloc[0]
+    close = pytest.approx([low, high], abs=0.06 * (high - low))
+    assert found[["difference_low", "difference_high"]].to_list() == close
 
 
 def test_columns_and_rows():
@@ -104,7 +96,6 @@ def test_columns_and_rows():
     ]
     assert table["run"].tolist() == [name for name in runs for _ in range(3)]
     assert table["task"].tolist() == ["A", "B", "Avg"] * 3
-    assert list(compare(runs, mean_of("right"), draws=20).columns) == ["run", "task", "value", "low", "high"]
     bare = compare(runs, mean_of("right"), "base", draws=0)
     assert list(bare.columns) == ["run", "task", "value", "difference"] and bare["value"].equals(table["value"])
     assert compare({"a": run(1, sizes={"A": 9})}, SPEARMAN, draws=5)["task"].tolist() == ["A"]  # no average of one
@@ -120,7 +111,6 @@ def test_a_run_beside_itself_and_beside_one_twice_as_high():
     assert (own.filter(like="difference") == 0).all(axis=None) and (own.filter(like="ratio") == 1).all(axis=None)
     np.testing.assert_allclose(half.filter(like="ratio"), 0.5)
     np.testing.assert_allclose(half["difference"], -half["value"])
-    assert (own["low"] < own["value"]).all() and (own["value"] < own["high"]).all()
 
 
 def test_an_interval_is_as_wide_as_theory_says():
@@ -139,8 +129,6 @@ def test_data_sets_are_resampled_independently():
         width = found["high"] - found["low"]
         assert found.loc["A", "value"] == found.loc["B", "value"] == found.loc["Avg", "value"]
         assert width["Avg"] == pytest.approx(width[["A", "B"]].mean() / np.sqrt(2), rel=0.06)
-    gap = compare({"a": table, "b": run(2, sizes={"A": 300})}, SPEARMAN, "a", draws=500)
-    assert gap["task"].tolist() == ["A", "A"]
 
 
 def test_an_interval_does_not_depend_on_what_else_is_loaded():
@@ -169,23 +157,15 @@ def test_runs_over_other_items_are_refused(change):
         compare({"a": run(1), "b": change(run(1))}, mean_of("right"), draws=10)
 
 
-def test_what_else_is_refused():
+def test_what_else_is_refused_and_what_a_plain_function_may_be():
     with pytest.raises(ValueError, match="no run 'plain'; choose from 'a'"):
         compare({"a": run(1)}, SPEARMAN, "plain")
+    several = pd.DataFrame({"task": "t", "item": [5, 5, 3, 3, 3], "gold": 1.0, "similarity": 2.0})
     with pytest.raises(ValueError, match="one row an item"):  # two layers, say
-        compare({"a": pd.concat([run(1), run(2)])}, SPEARMAN, draws=10)
-
-
-def test_an_item_can_have_several_rows_if_the_statistic_says_what_that_means():
-    table = pd.DataFrame({"task": "t", "item": [5, 5, 3, 3, 3], "x": [1, 2, 3, 4, 5]})
+        compare({"a": several}, SPEARMAN, draws=10)
     shapes = []
-
-    def count(tables, weights):
-        shapes.append(weights.shape)
-        return weights[:, :1]
-
-    compare({"a": table}, count, draws=4)  # a plain function is a statistic
-    assert shapes == [(1, 2), (4, 2)]
+    compare({"a": several}, lambda tables, weights: shapes.append(weights.shape) or weights[:, :1], draws=4)
+    assert shapes == [(1, 2), (4, 2)]  # the function says what several rows of an item mean
 
 
 def test_draws_without_a_value_are_left_out():

@@ -11,11 +11,11 @@ import pytest
 from datasets import DatasetDict
 from tiny_models import tiny_backbone
 
-from lib.data.sts import DataSource, cap_rows, load_sts
 from lib.core.encoder import SentenceEncoder
 from lib.core.store import ROOT
-from lib.evaluation.sts import cosine, spearman
 from lib.core.token_prepending import TokenPrepending
+from lib.data.sts import DataSource, cap_rows, load_sts
+from lib.evaluation.sts import cosine, spearman
 
 mteb = pytest.importorskip("mteb", minversion="2", reason='mteb is optional: pip install "mteb>=2,<3"')
 

@@ -1,4 +1,4 @@
-"""The committed notebooks: thin, clean, made by the code that they show, and without a sentence of any evaluation set."""
+"""The committed notebooks: thin, clean, made by the code that they show, and without a sentence of evaluation data."""
 
 import functools
 import inspect
@@ -67,7 +67,7 @@ def test_executed_in_order_without_errors(path):
 
 @each_notebook
 def test_the_outputs_are_those_of_the_code(path):
-    """If this fails, run `./run_all.sh default NN --publish`: the notebook's code was changed after its outputs were made."""
+    """If this fails, run `./run_all.sh default NN --publish`: the code was changed after the outputs were made."""
     assert read(path).metadata["run"]["code"] == code_hash(path)
 
 
@@ -83,11 +83,11 @@ def test_begins_with_question_answer_and_run_and_ends_with_what_is_next(path):
 
 
 def test_how_tp_works_in_40_lines_is_the_real_code():
-    shown = [o.data["text/markdown"] for c in code_cells(NOTEBOOKS[0]) for o in c.outputs if "def attach(" in str(o.get("data"))]
-    [lines] = [re.search(r"```python\n(.*)\n```", text, re.S)[1].splitlines() for text in shown]
-    assert len(lines) <= 40
-    real = "\n".join(inspect.cleandoc(inspect.getsource(part)) for part in (TokenPrepending.attach, TokenPrepending.insert))
-    assert lines == real.splitlines()
+    outputs = [o for c in code_cells(NOTEBOOKS[0]) for o in c.outputs if "def attach(" in str(o.get("data"))]
+    [shown] = [re.search(r"```python\n(.*)\n```", o.data["text/markdown"], re.S)[1] for o in outputs]
+    parts = (TokenPrepending.attach, TokenPrepending.insert)
+    assert shown == "\n".join(inspect.cleandoc(inspect.getsource(part)) for part in parts).strip()
+    assert len(shown.splitlines()) <= 40
 
 
 def grams(text: str) -> list[str]:
@@ -96,7 +96,7 @@ def grams(text: str) -> list[str]:
 
 
 def shown_texts() -> dict[str, str]:
-    """All text that the repository shows of its results: notebook outputs, tables and their provenance, golden tables."""
+    """All text that the repository shows of its results: notebooks' outputs, tables and their provenance."""
     texts = {}
     for path in NOTEBOOKS:
         data = [{k: v for k, v in o.get("data", {}).items() if k != "image/png"} | {"t": o.get("text", "")}

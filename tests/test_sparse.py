@@ -18,8 +18,16 @@ from lib.evaluation.alignment import decode_logits
 from lib.evaluation.retrieval import DenseRetriever, evaluate_retrieval
 from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
 from lib.studies.retrieval import (
-    EncodedSet, all_rankings, choose_setting, common_part, cost_growth, cross_fitted, encode_set, kept_of_dense,
-    setting_scores, synthetic_rows,
+    EncodedSet,
+    all_rankings,
+    choose_setting,
+    common_part,
+    cost_growth,
+    cross_fitted,
+    encode_set,
+    kept_of_dense,
+    setting_scores,
+    synthetic_rows,
 )
 from lib.studies.sparse import WEIGHTINGS, WEIGHTS, AlignedTokens, SparseRetriever, SparseSetting
 

@@ -20,11 +20,10 @@ from tiny_models import (
     tiny_backbone,
 )
 
+from lib.core.backbone import Backbone
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states
-from lib.core.backbone import Backbone
-from lib.core.prompts import PLACEHOLDER, PROMPTS, Prompt
-from lib.core.prompts import PLACES
+from lib.core.prompts import PLACEHOLDER, PLACES, PROMPTS, Prompt
 from lib.core.token_prepending import INITS, Placement, TokenPrepending
 from lib.core.tokens import MIN_PREFIX, PromptTokenizer, shared_prefix
 

@@ -11,13 +11,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 
-# Seconds until a hub that does not answer counts as unreachable.
-HUB_TIMEOUT = 8.0
-# Switches of the user. If one of them is set to a true value, the hub is not asked.
-OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# Errors that mean "no answer" and are none of the operating system's. They are known by name, as the HTTP library that
-# raises them is not the same in all versions of huggingface_hub.
-NO_ANSWER = ("ProxyError", "RemoteProtocolError")
+HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreachable
+OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
+NO_ANSWER = ("ProxyError", "RemoteProtocolError")  # errors of the HTTP library, whichever it is, that mean this
 
 
 class DownloadError(OSError):
@@ -35,9 +31,8 @@ def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> 
     several processes that want the same folder one downloads and the others wait. If `unpack` is given, the only file
     is a tar file, and that folder of it which holds a folder of this name becomes `target`. Raises `DownloadError`.
     """
-    # huggingface_hub itself reads HF_ENDPOINT only when it is imported.
+    # huggingface_hub reads the variable only when it is imported. An expired token would be refused, so there is none.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    # Without a token, because the files are public and an expired token would be refused.
     api, partial = HfApi(endpoint=endpoint, token=False), target.parent / f".{target.name}-partial"
     try:
         place = {"repo_type": "dataset", "revision": _ask_hub(api, repo), "local_dir": partial, "token": False}
@@ -105,9 +100,9 @@ def _unpack(archive: Path, holds: str) -> Path:
     shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
     with tarfile.open(archive) as tar:
         # The filter refuses what would land outside the folder. In some versions of Python, links can get round it.
-        odd = [member.name for member in tar if not (member.isfile() or member.isdir())]
-        if odd:
-            raise DownloadError(f"{archive.name} holds {odd[0]!r}, which is neither a plain file nor a folder")
+        for member in tar:
+            if not (member.isfile() or member.isdir()):
+                raise DownloadError(f"{archive.name} holds {member.name!r}, which is neither a plain file nor a folder")
         tar.extractall(unpacked, filter="data")
     for path in filter(Path.is_dir, sorted(unpacked.rglob(holds))):
         return path.parent

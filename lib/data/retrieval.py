@@ -1,7 +1,4 @@
-"""Retrieval sets in BEIR's layout (arXiv 2104.08663): documents, queries and judgements.
-
-`pinned.yaml` lists the sets with the counts of their test parts; `data/README.md` explains them.
-"""
+"""Retrieval sets in BEIR's layout (arXiv 2104.08663); `pinned.yaml` lists them, and `data/README.md` explains them."""
 
 import warnings
 from collections.abc import Iterable
@@ -42,9 +39,8 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
     if name not in SETS:
         raise ValueError(f"Unknown retrieval set {name!r}; choose from {', '.join(SETS)}.")
     known = {"repo": "", "missing": 0, "excluded": ""} | SETS[name]
-    if name == SAMPLE:
-        source = source or DataSource("sample", sources.DATA / "sample" / "beir")
-    source = source or find_folder(f"The retrieval set {name!r}", f"beir/{name}", known["repo"], HUB_FILES)
+    source = source or (DataSource("sample", sources.DATA / "sample" / "beir") if name == SAMPLE else
+                        find_folder(f"The retrieval set {name!r}", f"beir/{name}", known["repo"], HUB_FILES))
     reader = Reader(source)
     documents, queries = _read_texts(reader, "corpus.jsonl"), _read_texts(reader, "queries.jsonl")
     expect(queries["text"] != "", "a text", queries["text"])
@@ -66,11 +62,9 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
     for what, count in found.items():
         if count != known[what]:
             raise DataError(f"{source.path}: found {count} for {what}, expected {known[what]} (see pinned.yaml).")
-    corpus, queries = (
-        reader.data(f"{name} {part}", texts, ("id", "text"), task=name, part=part)
-        for part, texts in (("corpus", documents), ("queries", queries))
-    )
-    return RetrievalData(name, corpus, queries, qrels, excluded, source)
+    sides = {"corpus": documents, "queries": queries}
+    data = (reader.data(f"{name} {part}", of, ("id", "text"), task=name, part=part) for part, of in sides.items())
+    return RetrievalData(name, *data, qrels, excluded, source)
 
 
 def _read_texts(reader: Reader, name: str) -> pd.DataFrame:
@@ -114,9 +108,8 @@ def load_beir_sets(names: Iterable[str]) -> tuple[dict[str, RetrievalData], dict
 
 
 def sample_set(data: RetrievalData, queries: int | None, documents: int | None) -> RetrievalData:
-    """A smaller set: the first `queries` queries, and the first `documents` documents together with all that are judged
-    or excluded for these queries. None takes all. Samples are nested. Among fewer documents, relevant ones are found
-    more easily."""
+    """A smaller set: the first `queries` queries, and the first `documents` documents (None: all) with all that are
+    judged or excluded for these. Samples are nested. Among fewer documents, relevant ones are found more easily."""
     kept, corpus = data.queries.first(queries), data.corpus
     needed = {document for query in kept["id"] for document in (*data.qrels[query], *data.excluded.get(query, ()))}
     rows = pd.Series(corpus["id"]).isin(needed.union(corpus.first(documents)["id"]))

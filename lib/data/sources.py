@@ -23,8 +23,7 @@ from lib.data.download import HubUnreachableError, fetch
 DATA = ROOT / "data"
 # SentEval's data on the hub: the dataset repository, its archive, and a folder that the data must hold.
 SENTEVAL = ("princeton-nlp/datasets-for-simcse", ("senteval.tar",), "STS")
-# Why the hub is not asked any more, once it has not answered, whatever is wanted from it.
-hub_unreachable: str | None = None
+hub_unreachable: str | None = None  # why the hub is not asked any more, once it has not answered
 
 
 class DataError(ValueError):
@@ -64,10 +63,9 @@ class EvaluationData:
     """A data set, or a part of one, with its provenance; `rows` are in the order of the files.
 
     A sample of it is the beginning of one fixed permutation of the whole data set, so that samples are nested. It sorts
-    the rows by a hash of the data set's name, its length and the row's number, and so depends on no seed or library.
-    `places`, int64 (rows,), are these hashes, of which a part of the data set keeps its own. `provenance` has the keys
-    task, split (or splits, or part), source, rows, rows_total (before anything was left out), caps (what was left out,
-    step by step) and files (path below the source's folder -> SHA-256).
+    the rows by `places`, int64 (rows,), hashes of the data set's name, its length and the row's number, which hang on
+    no seed or library, and which a part keeps. `provenance` has the keys task, split (or splits, or part), source,
+    rows, rows_total (before anything was left out), caps (what was left out, step by step) and files (-> SHA-256).
     """
 
     name: str
@@ -97,17 +95,16 @@ class EvaluationData:
         return self.rows.to_pandas()
 
     def first(self, count: int | None, within: str | None = None) -> Self:
-        """The first `count` rows of the fixed permutation, in the order of the files; None gives all. With `within`, a
-        column, the first `count` rows for each of its values. Raises `ValueError` if `count` is below 1."""
+        """The first `count` rows (None: all) of the fixed permutation, in the order of the files; with `within`, those
+        for each value of that column. Raises `ValueError` if `count` is below 1."""
         if count is None:
             return self
         if count < 1:
             raise ValueError(f"A data set needs at least one row, got count={count}.")
         groups = np.asarray(self[within]) if within else np.zeros(len(self))
         ranks = pd.Series(self.places).groupby(groups).rank(method="first")
-        if (ranks <= count).all():
-            return self
-        return self._select(np.flatnonzero(ranks <= count), {"first": count} | ({"within": within} if within else {}))
+        cap = {"first": count} | ({"within": within} if within else {})
+        return self if (ranks <= count).all() else self._select(np.flatnonzero(ranks <= count), cap)
 
     def where(self, rows: Sequence[bool] | Sequence[int], note: str) -> Self:
         """The rows that a mask marks or that indices name. The note says in the provenance which these are."""
@@ -125,8 +122,8 @@ class EvaluationData:
 
 
 def find_source() -> DataSource:
-    """Where SentEval's data comes from; searched once per process. If it is nowhere and the hub cannot be reached, the
-    sample stands in, with a `SampleDataWarning`. Raises `DataError` if `$TP_DATA_DIR` is set and does not hold it, and
+    """Where SentEval's data comes from, searched once per process; if it is nowhere and the hub cannot be reached, the
+    sample, with a `SampleDataWarning`. Raises `DataError` if `$TP_DATA_DIR` is set and does not hold it, and
     `DownloadError` as `find_folder` does."""
     return _search(os.environ.get("TP_DATA_DIR", ""))
 

@@ -1,5 +1,4 @@
-"""Scored sentence pairs for the STS tasks, with the row counts of SentEval (arXiv 1803.05449), which SimCSE and the
-Token Prepending paper use. The files are listed in `pinned.yaml`."""
+"""Scored sentence pairs for the STS tasks, in SentEval's files and counts (arXiv 1803.05449): see `pinned.yaml`."""
 
 import pandas as pd
 
@@ -24,12 +23,9 @@ def load_sts(task: str, split: str = "test", source: DataSource | None = None) -
     """Load the scored sentence pairs of one of `STS_TASKS`. All have the split test, STS-B and SICK-R also train and
     dev, and the sample, which stands in for any of them where it is the source, dev.
 
-    Returns:
-        Columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R 1 to 5). Pairs that
-        have no score are left out, as in SentEval.
-
-    Raises `ValueError` if there is no such task or split, and `DataError` if a file is missing, short or malformed or
-    the sample has no such split.
+    Returns columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R 1 to 5), without
+    pairs that have no score, as in SentEval. Raises `ValueError` if there is no such task or split, and `DataError` if
+    a file is missing, short or malformed or the sample has no such split.
     """
     source = source or find_source()
     tasks = (*STS_TASKS, "sample") if source.is_sample else STS_TASKS

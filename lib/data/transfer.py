@@ -1,5 +1,4 @@
-"""Labelled sentences for the transfer tasks, in SentEval's files, counts, encodings and labels (arXiv 1803.05449). The
-files are listed in `pinned.yaml`."""
+"""Labelled sentences for the transfer tasks, in SentEval's files and counts (arXiv 1803.05449): see `pinned.yaml`."""
 
 import pandas as pd
 
@@ -19,13 +18,10 @@ def transfer_tasks(source: DataSource | None = None) -> tuple[str, ...]:
 def load_transfer(task: str, source: DataSource | None = None) -> EvaluationData:
     """Load the labelled sentences of a transfer task, one of `transfer_tasks(source)`, all splits of it.
 
-    Returns:
-        Columns split (str: "all", or "train", "dev", "test" as far as the task has them), sentence1, sentence2 (str, as
-        in the file; sentence2 is "" but for `PAIR_TASKS`) and label (int64). The labels are SentEval's: 1 is positive,
-        objective or a paraphrase, and question types are numbered by alphabet. In the sample's subjectivity, 1 is
-        subjective. The provenance says under `splits` how many examples each split has.
-
-    Raises `ValueError` if the source has no such task, and `DataError` if a file is missing, short or malformed.
+    Returns columns split (str: "all", or "train", "dev", "test" as far as the task has them), sentence1, sentence2
+    (str, as in the file; sentence2 is "" but for `PAIR_TASKS`) and label (int64). The labels are SentEval's: 1 is
+    positive, objective (in the sample subjective) or a paraphrase, and question types are numbered by alphabet. The
+    provenance counts the `splits`. Raises `ValueError` if the source has no such task, and `DataError` as `load_sts`.
     """
     source = source or find_source()
     tasks = transfer_tasks(source)

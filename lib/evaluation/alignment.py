@@ -11,8 +11,6 @@ their logit under the backbone's own unembedding:
 All are shares from 0 to 1. A `TokenRule` says which vocabulary entries are the same token and which count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -40,15 +38,13 @@ def output_matrix(backbone: Backbone) -> torch.Tensor:
 def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
     """Embeddings (texts, hidden) as the unembedding reads them, float32 (texts, width).
 
-    States before the last go through the final norm, in float32 and with float32 copies of its weights, for they can be
-    larger than float16 holds (65,504). Raises `ValueError` for another shape, or another width than the unembedding
-    reads because a projection stands between (as in OPT-350m).
+    States before the last go through the final norm, in float32 with copies of its weights, as float16 cannot hold all
+    of them. `ValueError` for another shape, or another width because a projection stands between (OPT-350m).
     """
     matrix, index, norm = output_matrix(backbone), backbone.layer_index(layer), backbone.final_norm
-    given, read = np.shape(embeddings), matrix.shape[1]
-    if len(given) != 2 or given[1] != read:
-        raise ValueError(f"The unembedding of {backbone.name} reads (texts, {read}); states {index} are {given}.")
-    states = np.asarray(embeddings, np.float32)
+    states, read = np.asarray(embeddings, np.float32), matrix.shape[1]
+    if states.shape[1:] != (read,):
+        raise ValueError(f"The unembedding of {backbone.name} reads (texts, {read}), state {index} is {states.shape}.")
     if index == backbone.num_layers or norm is None:
         return states
     weights = {name: weight.to(matrix.device, torch.float32) for name, weight in norm.named_parameters()}
@@ -61,8 +57,8 @@ def logit_chunks(
 ) -> Iterator[torch.Tensor]:
     """Logits of embeddings under the backbone's unembedding, so many texts at a time that they fill `LOGIT_BYTES`.
 
-    Computed in float32 whatever the model's dtype, because logits rounded to half precision tie. A model's own capping
-    of its logits (Gemma 2) is left out: it does not change their order.
+    They are computed in float32, because logits rounded to half precision tie. A model's own capping of its logits
+    (Gemma 2) is left out, as it does not change their order.
 
     Args:
         embeddings: float (texts, hidden). layer: which state they are, in Hugging Face's numbering.
@@ -80,7 +76,7 @@ def logit_chunks(
         chunk = chunk.to(matrix.device)
         if hasattr(head, "weight"):
             logits = torch.cat([chunk @ rows.float().T for rows in matrix.split(ROWS)], dim=1)
-            logits = logits if getattr(head, "bias", None) is None else logits + head.bias.float()
+            logits += 0 if getattr(head, "bias", None) is None else head.bias.float()
         else:
             logits = head(chunk.to(matrix.dtype)).float()
         check_finite(logits, backbone.name, backbone.dtype)
@@ -109,8 +105,7 @@ def top_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k tokens with the highest logits: ids int64 (texts, k), best first, and logits float32 (texts, k).
 
-    `mean`, from `mean_logits`, is taken off before tokens are chosen; the rest, with its errors, is that of
-    `logit_chunks`. Raises `ValueError` if fewer than k tokens count.
+    `mean`, from `mean_logits`, is taken off first. Raises as `logit_chunks`, and `ValueError` if too few tokens count.
     """
     size = len(output_matrix(backbone)) if classes is None else len(np.unique(classes[classes >= 0]))
     if not 1 <= k <= size:
@@ -125,15 +120,14 @@ def top_tokens(
 def aligned_tokens(
     backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The k vocabulary entries that each embedding aligns to, best first; a row per text and entry.
+    """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry.
 
-    Columns text (its place), id, token (see `visible`), logit; with `texts` in_text: whether it is a token of the text
-    under `DEFAULT_RULE`.
+    Columns text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`.
     """
     ids, logits = top_tokens(backbone, embeddings, layer, k)
-    shown = [visible(text) for text in token_texts(backbone.tokenizer, ids.ravel())]
-    places = np.repeat(np.arange(len(ids)), k)
-    table = pd.DataFrame({"text": places, "id": ids.ravel(), "token": shown, "logit": logits.ravel()})
+    table = pd.DataFrame({"text": np.repeat(np.arange(len(ids)), k), "id": ids.ravel()})
+    table["token"] = list(map(visible, token_texts(backbone.tokenizer, ids.ravel())))
+    table["logit"] = logits.ravel()
     if texts is not None:
         classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), DEFAULT_RULE)
         own = text_tokens(backbone.tokenizer, texts, classes)
@@ -157,11 +151,11 @@ def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame
     (count, depth), sizes = top.shape, [len(row) for row in texts]
     if len(sizes) != count or max(sizes) > depth:
         raise ValueError(f"{len(sizes)} texts of at most {max(sizes)} tokens, {count} rankings that end after {depth}.")
-    tokens = np.concatenate(texts).astype(np.int64)
-    own = pd.DataFrame({"text": np.repeat(np.arange(count), sizes), "token": tokens, "length": np.repeat(sizes, sizes)})
+    own = pd.DataFrame({"text": np.repeat(np.arange(count), sizes), "token": np.concatenate(texts).astype(np.int64)})
+    own = own.assign(length=np.repeat(sizes, sizes), depth=depth).drop_duplicates()
     text, place = np.indices(top.shape).reshape(2, -1)
     ranking = pd.DataFrame({"text": text, "token": top.ravel(), "rank": place + 1.0})
-    return own.drop_duplicates().assign(depth=depth).merge(ranking, on=["text", "token"], how="left")
+    return own.merge(ranking, on=["text", "token"], how="left")
 
 
 def embedding_ranks(
@@ -194,8 +188,8 @@ def alignment_scores(
 ) -> pd.DataFrame:
     """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts.
 
-    `reference` and `draws` are those of `lib.evaluation.intervals.compare`. Returns columns run, metric, and those of
-    `compare` after task. Raises `ValueError` if the runs are not over the same texts under the same rule.
+    Returns columns run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and
+    `draws`. Raises `ValueError` if the runs are not over the same texts under the same rule.
     """
     texts, tokens, found = {}, {}, {}
     for run, ranks in runs.items():

@@ -5,8 +5,6 @@ statistic needs. In a resample every run sees the same items drawn, so differenc
 generator of its own, seeded by `seed` and its name: its interval does not depend on what else is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +24,9 @@ class Statistic:
     Args:
         function: (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the
             distinct values of the column `item`, in the order of their first rows.
-        within: a column; the items of each of its values are resampled by themselves. Empty: all items together.
-        centred: whether the draws are moved to have their mean at the measured value, against the bias of a statistic
-            that depends on the number of distinct items.
+        within: a column, if the items of each of its values are resampled by themselves.
+        centred: whether the mean of the draws is moved to the measured value, against the bias of a statistic that
+            depends on the number of distinct items.
     """
 
     function: Callable[[Tables, np.ndarray], np.ndarray]
@@ -50,44 +48,39 @@ def _spearman(tables: Tables, weights: np.ndarray) -> np.ndarray:
     A resample's ranks follow from running sums of the weights over the groups of equal values: nothing is sorted again.
     """
     similarities, weights, result = _values(tables, weights, "similarity"), weights.astype(np.float64), []
-    middle = (weights.sum(axis=1, keepdims=True) + 1) / 2
-    gold = _resampled_ranks(weights, tables[0]["gold"].to_numpy()) - middle
+    gold = _centred_ranks(weights, tables[0]["gold"].to_numpy())
     gold_spread = np.einsum("dn,dn,dn->d", weights, gold, gold)
     for values in similarities.T:
-        ranks = _resampled_ranks(weights, values) - middle
+        ranks = _centred_ranks(weights, values)
         joint, spread = (np.einsum("dn,dn,dn->d", weights, other, ranks) for other in (gold, ranks))
         with np.errstate(invalid="ignore"):
             result.append(100 * joint / np.sqrt(gold_spread * spread))
     return np.stack(result, axis=1)
 
 
-def _resampled_ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The mean rank of each value in each resample, (draws, items)."""
+def _centred_ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean rank of each value in each resample, less the mean of all ranks: (draws, items)."""
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     drawn = np.add.reduceat(weights[:, np.argsort(group)], np.cumsum(sizes) - sizes, axis=1)
-    return (np.cumsum(drawn, axis=1) - drawn / 2 + 0.5)[:, group]
+    return (np.cumsum(drawn, axis=1) - drawn / 2 - weights.sum(axis=1, keepdims=True) / 2)[:, group]
 
 
 def _area_under_roc(tables: Tables, weights: np.ndarray) -> np.ndarray:
     """How often a positive item's similarity is above another's, 0 to 1 (ties count half); column positive (bool)."""
-    positive, result = tables[0]["positive"].to_numpy(bool), []
+    positive = tables[0]["positive"].to_numpy(bool)
     above, below = (part / part.sum(axis=1, keepdims=True) for part in (weights[:, positive], weights[:, ~positive]))
-    for values in _values(tables, weights, "similarity").T:
-        wins = np.sign(values[positive][:, None] - values[~positive]) / 2 + 0.5
-        result.append(((above @ wins) * below).sum(axis=1))
-    return np.stack(result, axis=1)
+    values = _values(tables, weights, "similarity").T
+    wins = (np.sign(of[positive][:, None] - of[~positive]) / 2 + 0.5 for of in values)
+    return np.stack([((above @ win) * below).sum(axis=1) for win in wins], axis=1)
 
 
 def _distinct_share(tables: Tables, weights: np.ndarray) -> np.ndarray:
     """The share of all items' distinct tokens that is found in one; a row per item and token, column found (bool)."""
     item, token = (pd.factorize(tables[0][column])[0] for column in ("item", "token"))
-    drawn = (weights > 0).T.astype(np.float32)
-
-    def distinct(counted: np.ndarray) -> np.ndarray:
-        return (csr_array((counted.astype(np.float32), (token, item))) @ drawn > 0).sum(axis=0)
-
-    everything = distinct(np.ones(len(item)))
-    return np.stack([distinct(table["found"].to_numpy()) / everything for table in tables], axis=1)
+    counted = [np.ones(len(item)), *(table["found"].to_numpy() for table in tables)]
+    found = (csr_array((of.astype(np.float32), (token, item))) @ (weights > 0).T.astype(np.float32) for of in counted)
+    everything, *parts = ((of > 0).sum(axis=0) for of in found)
+    return np.stack(parts, axis=1) / everything[:, None]
 
 
 SPEARMAN = Statistic(_spearman)
@@ -102,9 +95,8 @@ def _values(tables: Tables, weights: np.ndarray, column: str) -> np.ndarray:
     return np.stack([table[column].to_numpy(np.float64) for table in tables], axis=1)
 
 
-def _by_task(runs: dict[Hashable, pd.DataFrame], statistic: Callable, draws: int, seed: int) -> dict[str, np.ndarray]:
+def _by_task(runs: dict[Hashable, pd.DataFrame], statistic: Statistic, draws: int, seed: int) -> dict[str, np.ndarray]:
     """task -> the measured values (first row) and the resampled ones, float64 (1 + draws, runs)."""
-    statistic = statistic if isinstance(statistic, Statistic) else Statistic(statistic)
     label, first = next(iter(runs.items()))
     same = {"task", "item"}.union({"gold", "token", statistic.within or "item"}.intersection(first))
     for other, table in runs.items():
@@ -116,12 +108,11 @@ def _by_task(runs: dict[Hashable, pd.DataFrame], statistic: Callable, draws: int
         items = tables[0].drop_duplicates("item", ignore_index=True)
         groups = list(items.groupby(statistic.within).indices.values()) if statistic.within else [np.arange(len(items))]
         generator, size = np.random.default_rng([seed, *str(task).encode()]), max(1, CELLS // len(items))
-        counts = [min(size, draws - begin) for begin in range(0, draws, size)]
+        weights = (_weights(generator, groups, min(size, draws - begin)) for begin in range(0, draws, size))
         measured = statistic(tables, np.ones((1, len(items)), int))
-        drawn = [statistic(tables, _weights(generator, groups, count)) for count in counts]
-        if statistic.centred and drawn:
-            drawn = [np.concatenate(drawn) + measured - np.mean(np.concatenate(drawn), axis=0)]
-        found[task] = np.concatenate([measured, *drawn])
+        found[task] = np.concatenate([measured, *(statistic(tables, of) for of in weights)])
+        if statistic.centred and draws:
+            found[task][1:] += measured - found[task][1:].mean(axis=0)
     return found
 
 
@@ -144,9 +135,8 @@ def compare(
         runs: label -> table with the columns task, item and what the statistic needs; the same items in the same order.
         statistic: `SPEARMAN`, `mean_of(column)`, `area_under_roc`, `distinct_share`, or a function as in `Statistic`.
         reference: label of the run that all are compared with, in pairs. ratio: whether to divide by it, too.
-        draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan are left out of them.
-        average: name of the rows with the mean of the tasks `averaged` (all if empty). They are there if there are
-            several tasks and none of `averaged` is missing.
+        draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan do not count.
+        average: names the rows of the mean of the tasks `averaged` (empty: all), if these and several tasks are there.
 
     Returns a row per run and task, in the order of both: run, task, value, low, high; with a reference difference,
     difference_low, difference_high; with `ratio` the same three of the ratio. Raises `ValueError` if the runs do not
@@ -154,7 +144,7 @@ def compare(
     """
     if reference is not None and reference not in runs:
         raise ValueError(f"There is no run {reference!r}; choose from {', '.join(map(repr, runs))}.")
-    found = _by_task(runs, statistic, draws, seed)
+    found = _by_task(runs, statistic if isinstance(statistic, Statistic) else Statistic(statistic), draws, seed)
     if len(found) > 1 and set(averaged) <= set(found):
         found[average] = np.mean([found[task] for task in averaged or list(found)], axis=0)
     table = pd.DataFrame({"run": [run for run in runs for _ in found], "task": [*found] * len(runs)})

@@ -1,9 +1,7 @@
-"""Dense retrieval, BM25 and fusion, beside the sparse retrieval of `lib.studies.sparse`, and how well a ranking is.
+"""Dense retrieval, BM25 and fusion, beside the sparse retrieval of `lib.studies.retrieval`, and how good a ranking is.
 
 A ranking is a dict: query id -> document ids, best first. Equal scores go by the documents' order in the corpus.
 """
-
-from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -14,11 +12,13 @@ import pandas as pd
 from ir_measures import RR, R, iter_calc, nDCG
 
 from lib.core.encoder import SentenceEncoder
+from lib.core.postprocess import Normalise
 from lib.data.retrieval import RetrievalData
 
 Ranking = dict[str, list[str]]
 DEPTH = 128  # deep enough for Recall@100 after documents have been taken out of the ranking
 QUERY_ROWS = 16  # queries whose cosines with all documents are held at once
+UNIT = Normalise()
 METRICS = {"nDCG@10": nDCG @ 10, "Recall@100": R @ 100, "MRR@10": RR @ 10}
 
 
@@ -26,14 +26,14 @@ class DenseRetriever:
     """Cosine similarity with every document; embeddings (documents, hidden) are kept as float32 of length 1."""
 
     def __init__(self, document_ids: Sequence[str], embeddings: np.ndarray):
-        self.document_ids, self.documents = list(document_ids), _unit(embeddings)
+        self.document_ids, self.documents = list(document_ids), UNIT(embeddings.astype(np.float32))
 
     def search(self, query_ids: Sequence[str], queries: np.ndarray, depth: int = DEPTH) -> Ranking:
         """The best `depth` documents of each query; `queries` are their embeddings (queries, hidden)."""
         ranking, places = {}, np.arange(len(self.documents))
         for begin in range(0, len(query_ids), QUERY_ROWS):
             rows = slice(begin, begin + QUERY_ROWS)
-            for query, scores in zip(query_ids[rows], _unit(queries[rows]) @ self.documents.T):
+            for query, scores in zip(query_ids[rows], UNIT(queries[rows].astype(np.float32)) @ self.documents.T):
                 ranking[query] = [self.document_ids[d] for d in best_first(places, scores, depth)]
         return ranking
 
@@ -94,9 +94,9 @@ def evaluate_retrieval(
     unjudged = [query for query in ranking if query not in qrels]
     if unjudged:
         raise ValueError(f"{len(unjudged)} queries are not judged, the first is {unjudged[0]!r}.")
-    run, judged = {}, {query: qrels[query] for query in ranking}
+    run, judged, out = {}, {query: qrels[query] for query in ranking}, excluded or {}
     for query, documents in ranking.items():
-        left = [document for document in documents if document not in (excluded or {}).get(query, ())]
+        left = (document for document in documents if document not in out.get(query, ()))
         run[query] = {document: -float(rank) for rank, document in enumerate(left)}
     found = {(value.query_id, value.measure): value.value for value in iter_calc(list(METRICS.values()), judged, run)}
     scores = {name: [found.get((query, metric), 0.0) for query in ranking] for name, metric in METRICS.items()}
@@ -119,11 +119,6 @@ def dense_scores(
             ranking = DenseRetriever(found.corpus["id"], stored[layer]).search(found.queries["id"], queries[layer])
             tables.append(evaluate_retrieval(ranking, found.qrels, found.excluded).assign(task=task, layer=layer))
     return pd.concat(tables, ignore_index=True)[["task", "layer", "item", *METRICS]]
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    embeddings = embeddings.astype(np.float32, copy=False)
-    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

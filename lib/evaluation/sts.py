@@ -1,7 +1,5 @@
 """Semantic textual similarity, scored as SentEval does (arXiv 1803.05449)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,14 +13,10 @@ from lib.data.sources import EvaluationData
 def sts_pairs(
     encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Cosine similarity of every pair at each layer, all from one pass of the model.
+    """Cosine similarity of every pair at each layer (None: the exit layer), all from one pass of the model.
 
-    Args:
-        data: task -> data with the columns subset, sentence1, sentence2, score.
-        layers: in Hugging Face's numbering, -1 for the last; None is the exit layer.
-
-    Returns a row per layer (0..num_layers) and pair: task, subset, item (its place), gold (the data's score), layer,
-    similarity (float64, -1 to 1).
+    `data`: task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers)
+    and pair: task, subset, item (its place), gold (the data's score), layer, similarity (float64, -1 to 1).
     """
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
     sides = [list(pairs[column]) for column in ("sentence1", "sentence2") for pairs in data.values()]
@@ -50,8 +44,8 @@ def spearman(gold, similarity) -> float:
 def sts_scores(pairs: pd.DataFrame) -> pd.DataFrame:
     """SentEval's score of each task and subset, Spearman's rho x 100, from a table of `sts_pairs`.
 
-    Subset `"all"` is one correlation over all pairs of the task together (SentEval's "all", which the papers report),
-    not the mean over subsets. Returns columns layer, task, subset, score, pairs (how many).
+    Subset `"all"` is one correlation over all pairs of a task (SentEval's "all", which the papers report), and not the
+    mean over subsets. Returns columns layer, task, subset, score, pairs (how many).
     """
     groups = pd.concat([pairs.assign(subset="all"), pairs]).groupby(["layer", "task", "subset"], sort=False)
     rows = [(*key, spearman(group["gold"], group["similarity"]), len(group)) for key, group in groups]

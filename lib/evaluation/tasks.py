@@ -1,10 +1,4 @@
-"""What a task is: a name, a suite, a loader and a score per item. Tables, intervals and storing work on any of them.
-
-    runs = {label: transfer_predictions(encoder, data) for label, encoder in encoders.items()}
-    compare_suite(TRANSFER, runs, reference="baseline")
-"""
-
-from __future__ import annotations
+"""What a task is: a name, a suite, a loader and a score per item. Tables, intervals and storing work on any of them."""
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -24,15 +18,7 @@ from lib.evaluation.transfer import transfer_predictions
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with a score per item.
-
-    Args:
-        name: such as STS-B. suite: such as STS.
-        load: () -> the data, an `EvaluationData` or a `RetrievalData`.
-        items: (encoder, {name: data}, layers or None for the exit layer) -> a table with the columns task, layer, item
-            and what the statistic needs.
-        statistic: of the items. unit: of its values.
-    """
+    """A data set with a score per item; `items`: (encoder, {name: data}, layers or None: the exit layer) -> table."""
 
     name: str
     suite: str
@@ -42,7 +28,7 @@ class Task:
     unit: str
 
 
-def suite(name: str, tasks: Iterable[str], load: Callable[[str], object], *rest) -> dict[str, Task]:
+def suite(name: str, tasks: Iterable[str], load: Callable, *rest) -> dict[str, Task]:
     """Tasks that differ in their data only, by name; `rest` are the last three arguments of `Task`."""
     return {task: Task(task, name, partial(load, task), *rest) for task in tasks}
 
@@ -55,9 +41,7 @@ RETRIEVAL = suite("retrieval", SETS, load_beir, dense_scores, mean_of("nDCG@10")
 def compare_suite(
     tasks: dict[str, Task], runs: dict[Hashable, pd.DataFrame], reference: Hashable | None = None, **options
 ) -> pd.DataFrame:
-    """`lib.evaluation.intervals.compare` of tables of items, one layer each, whose average is that of a suite.
-
-    It is over all of the suite's tasks or, where none of them is there (sample data), over all that are.
-    """
+    """`lib.evaluation.intervals.compare` of tables of items, one layer each, with the average of the suite's tasks or,
+    where none of them is there (sample data), of all that are."""
     statistic, found = next(iter(tasks.values())).statistic, next(iter(runs.values()))["task"]
     return compare(runs, statistic, reference, averaged=list(tasks) if found.isin(tasks).any() else (), **options)

@@ -1,8 +1,7 @@
 """SentEval's transfer tasks: a logistic regression on frozen embeddings, its L2 strength chosen on held-out folds.
 
 The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cross-validation for MR, CR, SUBJ and MPQA,
-the given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC. A pair (u, v) has
-features |u - v|, u * v. Scikit-learn does the fitting. What differs from SentEval's own classifier:
+the given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC. What differs:
 
 - SentEval takes steps with Adam and stops early, when accuracy no longer rises on held-out items. Here its loss, mean
   cross-entropy + L2 / 2 * |W|^2 on raw features (the bias is not part of |W|), is brought to its minimum, on all of the
@@ -12,16 +11,15 @@ features |u - v|, u * v. Scikit-learn does the fitting. What differs from SentEv
 - SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.parallel import Parallel, delayed
@@ -39,23 +37,18 @@ STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit sta
 def transfer_predictions(
     encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Predicted labels of the tasks' test items at each layer, all layers of a task from one pass of the model.
+    """Predicted labels of the tasks' test items at each layer (None: the exit layer), a pass of the model per task.
 
-    Args:
-        data: task -> data with the columns split, sentence1, sentence2, label.
-        layers: in Hugging Face's numbering, -1 for the last; None is the exit layer.
-
-    Returns a row per task, layer (0..num_layers) and test item: task, layer, the columns of `classify`, and correct
-    (100.0 or 0.0, so that its mean is accuracy x 100).
+    `data`: task -> data with the columns split, sentence1, sentence2, label. Returns a row per task, layer (0 to
+    num_layers) and test item: task, layer, the columns of `classify`, and correct (100.0 or 0.0).
     """
     layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
     for task, items in data.items():
-        sides = ["sentence1", "sentence2"] if task in PAIR_TASKS else ["sentence1"]
-        states = encoder.encode_layers([sentence for side in sides for sentence in items[side]], layers)
+        pairs = task in PAIR_TASKS
+        states = encoder.encode_layers(items["sentence1"] + (items["sentence2"] if pairs else []), layers)
         for layer in list(states):
             features = states.pop(layer)  # so that a layer's memory is free when it is done
-            if task in PAIR_TASKS:
-                features = pair_features(*np.split(features, 2))
+            features = pair_features(*np.split(features, 2)) if pairs else features
             table = classify(features, items["label"], items["split"], title=f"{task}, layer {layer}")
             tables.append(table.assign(task=task, layer=layer, correct=100.0 * (table["gold"] == table["predicted"])))
     return pd.concat(tables, ignore_index=True)[["task", "layer", "item", "gold", "predicted", "l2", "correct"]]
@@ -67,11 +60,11 @@ def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
     Returns columns layer, task, metric (accuracy_x100 or f1_x100), value, items (how many).
     """
     rows = []
-    for (layer, task), table in predictions.groupby(["layer", "task"], sort=False):
-        gold, predicted = table["gold"], table["predicted"]
-        rows.append((layer, task, "accuracy_x100", 100 * accuracy_score(gold, predicted), len(table)))
-        if task in PAIR_TASKS:
-            rows.append((layer, task, "f1_x100", 100 * f1_score(gold, predicted, zero_division=0), len(table)))
+    for key, table in predictions.groupby(["layer", "task"], sort=False):
+        rows.append((*key, "accuracy_x100", 100 * (table["gold"] == table["predicted"]).mean(), len(table)))
+        if key[1] in PAIR_TASKS:
+            f1 = f1_score(table["gold"], table["predicted"], zero_division=0)
+            rows.append((*key, "f1_x100", 100 * f1, len(table)))
     return pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
 
 
@@ -106,20 +99,16 @@ def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str],
         raise ValueError(f"Splits must be all, or train, (dev) and test; got {', '.join(map(str, part))}.")
 
     choices = [(k, fit, held) for k, (_, _, folds) in enumerate(rounds) for fit, held in folds]
-    accuracy, tables = np.zeros((len(rounds), len(STRENGTHS))), []
-    with (
-        threadpool_limits(1),  # the cores are busy with a fold each
-        Parallel(n_jobs=-1, prefer="threads", return_as="generator") as parallel,
-    ):
-        paths = parallel(delayed(_predict)(features, labels, fit, held, STRENGTHS) for _, fit, held in choices)
+    accuracy, predict = np.zeros((len(rounds), len(STRENGTHS))), delayed(partial(_predict, features, labels))
+    # The cores are busy with a fold each, so that each fit has one.
+    with threadpool_limits(1), Parallel(n_jobs=-1, prefer="threads", return_as="generator") as parallel:
+        paths = parallel(predict(fit, held, STRENGTHS) for _, fit, held in choices)
         bar = tqdm(paths, title, len(choices), unit="fold", disable=len(labels) <= 1000, leave=False)
         for path, (k, _, held) in zip(bar, choices):
             accuracy[k] += (path == labels[held]).mean(axis=1)
-        best = accuracy.argmax(axis=1)
-        jobs = [(train, test, STRENGTHS[: k + 1]) for (train, test, _), k in zip(rounds, best)]
-        paths = parallel(delayed(_predict)(features, labels, *job) for job in jobs)
-        for path, (_, test, used) in zip(paths, jobs):
-            tables.append(pd.DataFrame({"item": test, "gold": labels[test], "predicted": path[-1], "l2": used[-1]}))
+        jobs = [(*of[:2], STRENGTHS[: k + 1]) for of, k in zip(rounds, accuracy.argmax(axis=1))]
+        tables = [pd.DataFrame({"item": test, "gold": labels[test], "predicted": path[-1], "l2": used[-1]})
+                  for path, (_, test, used) in zip(parallel(predict(*job) for job in jobs), jobs)]
     return pd.concat(tables).sort_values("item", ignore_index=True)
 
 

@@ -1,7 +1,5 @@
 """Vocabulary entries: what an entry stands for as text, which of them are the same token, and which do not count."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,19 +25,13 @@ class TokenRule:
     """Which vocabulary entries are the same token, and which do not count.
 
     Entries that do not count leave text and ranking. A token stands in the ranking once, where its best entry stands.
-
-    Args:
-        special: whether special tokens (such as a text's first `<s>`) count.
-        merge_space: whether `" dog"` and `"dog"` are the same. A prompt that ends in a quotation mark makes a model
-            expect `"dog"`, while in the text it is `" dog"`.
-        merge_case: whether `"dog"` and `"Dog"` are the same.
-        function_words: whether `FUNCTION_WORDS` (in any case and spacing) and entries without letter and digit count.
     """
 
-    special: bool = False
+    special: bool = False  # whether special tokens count, such as a text's first `<s>`
+    # Whether " dog" is "dog". After a prompt's quotation mark a model expects "dog", while in the text it is " dog".
     merge_space: bool = True
-    merge_case: bool = True
-    function_words: bool = True
+    merge_case: bool = True  # whether "Dog" is "dog"
+    function_words: bool = True  # whether `FUNCTION_WORDS` count, and entries without letter and digit
 
 
 # From the official code's rule (exact ids of `tokenizer.encode`) to the strictest, one change at a time.

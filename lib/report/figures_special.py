@@ -90,11 +90,13 @@ def similarity_by_kind(pairs: pd.DataFrame, title: str):
     colours = dict.fromkeys(long["kind"], BLUE) | {"paraphrase": VERMILION, "topic shift": "0.4"}
     figure, parts = panels(long, "method", "measure", height=0.5 + 0.3 * long["kind"].nunique(), sharex=False)
     for axis, table in parts:
-        sns.stripplot(table, x="value", y="kind", hue="kind", palette=colours, jitter=0.2, size=3.2, alpha=0.6,
-                      legend=False, ax=axis)
         means = table.groupby("kind", sort=False)["value"].mean()
+        jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(table))  # seaborn's strip plot takes no generator
+        rows = means.index.get_indexer(table["kind"]) + jitter
+        axis.scatter(table["value"], rows, s=11, alpha=0.6, linewidths=0, c=table["kind"].map(colours))
         axis.scatter(means, range(len(means)), marker="|", s=260, lw=2, color="black", zorder=3)
-        axis.set(xlabel=table["measure"].iloc[0], ylabel="")
+        axis.set(xlabel=table["measure"].iloc[0], ylabel="", yticks=range(len(means)), yticklabels=means.index)
+        axis.set_ylim(len(means) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
     keys = [key("a pair", marker="o", ls="", ms=4), key("mean", "black", marker="|", ls="", ms=12, mew=2)]
     return finish(figure, title, keys)

@@ -179,7 +179,7 @@ def run(paths: list[Path], parameters: dict[str, dict], folder: Path, context: d
 
 
 def execute(path: Path, given: dict, copy: Path, context: dict, data: str) -> str:
-    """One notebook through papermill: writes the executed copy and beside it, for `lib.run.publish`, a record of the run.
+    """One notebook through papermill. Writes the executed copy and beside it, for `lib.run.publish`, a record of it.
 
     Args:
         given: values of parameters.

@@ -13,6 +13,7 @@ import threading
 from importlib.metadata import EntryPoint
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
@@ -40,26 +41,15 @@ class ForkedKernel(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **options) -> dict:
         arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
-        self.process = _Process(target=_be_kernel, args=(arguments, options.get("cwd") or Path.cwd()))
-        self.process.start()
-        self.pid = self.process.pid
+        process = CONTEXT.Process(target=_be_kernel, args=(arguments, options.get("cwd") or Path.cwd()))
+        process.start()
+        self.pid = process.pid
+        self.process = SimpleNamespace(  # what Jupyter uses of a subprocess.Popen
+            poll=lambda: process.exitcode, wait=lambda: process.join() or process.exitcode, kill=process.kill,
+            send_signal=lambda number: os.kill(process.pid, number), terminate=process.terminate,
+            stdin=None, stdout=None, stderr=None,
+        )
         return self.connection_info
-
-
-class _Process(CONTEXT.Process):
-    """A process of multiprocessing with those members of a `subprocess.Popen` that Jupyter uses."""
-
-    stdin = stdout = stderr = None
-
-    def poll(self) -> int | None:
-        return self.exitcode
-
-    def wait(self) -> int | None:
-        self.join()
-        return self.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
 
 
 def _be_kernel(arguments: list[str], folder: Path) -> None:
@@ -69,5 +59,7 @@ def _be_kernel(arguments: list[str], folder: Path) -> None:
     os.setsid()  # an interrupt from the keyboard goes to the runner alone
     os.chdir(folder)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+    # matplotlib is imported already, so that it has to be told that figures are shown in the notebook.
+    arguments += [f"--IPKernelApp.parent_handle={os.getppid()}", "--matplotlib=inline", "--log-level=ERROR"]
+    IPKernelApp.launch_instance(arguments)
     atexit._run_exitfuncs()  # multiprocessing would leave them out

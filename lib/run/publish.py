@@ -19,18 +19,17 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def publish(executed: Path, target: Path) -> None:
     """Write `target` from an executed copy: no timings, machine paths, widgets, progress bars or injected parameters.
 
-    The runner's record beside the copy (see `execute` in `lib.run`) goes into the notebook's metadata, and in words into
-    a cell after the first. Raises `ValueError` if the copy holds an error output.
+    The record beside the copy (see `execute` in `lib.run`) goes into the notebook's metadata, and in words into a cell
+    after the first. Raises `ValueError` if the copy holds an error output.
     """
-    from nbconvert.preprocessors import ClearMetadataPreprocessor, TagRemovePreprocessor  # takes a second
+    from nbconvert.preprocessors import TagRemovePreprocessor  # takes a second
 
     notebook, record = nbformat.read(executed, as_version=4), json.loads(executed.with_suffix(".json").read_text())
-    for step in (
-        TagRemovePreprocessor(remove_cell_tags={"injected-parameters", "run"}),
-        ClearMetadataPreprocessor(preserve_cell_metadata_mask={"tags"}, preserve_nb_metadata_mask={"kernelspec"}),
-    ):
-        notebook, _ = step.preprocess(notebook, {})
-    notebook.metadata = nbformat.from_dict({**notebook.metadata, "language_info": {"name": "python"}, "run": record})
+    notebook, _ = TagRemovePreprocessor(remove_cell_tags={"injected-parameters", "run"}).preprocess(notebook, {})
+    kept = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}, "run": record}
+    notebook.metadata = nbformat.from_dict(kept)
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
     for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
         cell.execution_count = count
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]

@@ -206,7 +206,8 @@ def cost_growth(
         for method, (retriever, queries) in methods.items():
             low, median, high = 1000 * np.quantile(seconds[method], [0.25, 0.5, 0.75]) / len(query_embeddings)
             rows.append({
-                "method": method, "documents": size, "synthetic": size > real, "ms": median, QUARTILES[0]: low, QUARTILES[1]: high,
+                "method": method, "documents": size, "synthetic": size > real,
+                "ms": median, QUARTILES[0]: low, QUARTILES[1]: high,
                 "operations": retriever.operations(queries).mean(), "bytes": retriever.bytes_per_document,
             })
     return pd.DataFrame(rows)
