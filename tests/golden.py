@@ -15,9 +15,9 @@ FOLDER = Path(__file__).resolve().parent / "golden"
 
 # Columns that hold measured time or memory, and tables that hold nothing else. Intervals in a table with such a column
 # are those of the measurement.
-MEASURED = re.compile(r"\btime\b|second|\bms\b|\bMB\b|\bGB\b|peak|speed", re.I)
+MEASURED = re.compile(r"\btime\b|second|\bms\b|\bMB\b|\bGB\b|peak|speed|^cost$|^front$", re.I)
 INTERVAL = re.compile(r"(^|_)(low|high)$|quartile", re.I)
-ONLY_MEASURED = ("cost_profile.csv",)
+ONLY_MEASURED = ("cost_profile.csv", "cost_beside_paper.csv")
 
 # How far a number may be from the golden one. On another processor float32 sums come in another order, which moves
 # cosines and logits in the sixth digit. Scores by ranks, and shares, move in steps or not at all.

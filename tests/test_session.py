@@ -79,7 +79,7 @@ def test_an_evaluation_is_stored_and_the_runner_is_told(tmp_path, shown, pairs):
         run = start("01", "smoke", "tiny", "float32", context)
         table = run.sts(Encoder(run.backbone), pairs, [-1, 3, 0])
         assert table["layer"].unique().tolist() == [0, 3] and len(table) == 8
-    expected = [{"name": "sts", "reused": reused} for reused in (True, False)]
+    expected = [{"name": "sts-toy", "reused": reused} for reused in (True, False)]
     assert [json.loads(line) for line in log.read_text().splitlines()] == expected
     assert run.store.fresh_since == 9e9
 

@@ -22,16 +22,16 @@ class MtebEncoder(AbsEncoder):
 
     The prompt is the encoder's own for every task and both sides of a pair; mteb's instructions are not used. Similarity is
     the cosine. mteb files results by `mteb_model_meta`: name and revision (see `mteb_identity`) and `experiment_kwargs`,
-    which hold the encoder's settings as plain values and one fingerprint of all of them and of the code.
+    which hold the main settings as plain values (mteb hashes a long list) and a fingerprint of all settings and of the code.
     """
 
     def __init__(self, encoder: SentenceEncoder):
         name, revision = mteb_identity(encoder.backbone.name, encoder.backbone.revision, encoder.backbone.fingerprint)
         about = encoder.describe()
-        method = {key: value for key, value in (about["method"] or {"method": "baseline"}).items() if key != "init"}
-        if encoder.method and "init" in about["method"]:
-            init = about["method"]["init"]
-            method["init"] = init if isinstance(init, str) else "vector"
+        method = about["method"] or {"method": "baseline"}
+        method = {key: method[key] for key in ("method", "start", "end", "init") if key in method}
+        if not isinstance(method.get("init", ""), str):
+            method["init"] = "vector"
         experiment = {key: about[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
         experiment |= {key if key == "method" else f"method_{key}": value for key, value in method.items()}
         experiment |= {"setting": fingerprint(about | {"code": encoder.code})}
