@@ -47,6 +47,24 @@ def smollm2():
 
 
 @pytest.fixture
+def backbone(one_thread):
+    """The tiny Llama that tests share. After each of them it must be as it was."""
+    from tiny_models import tiny_backbone, untouched
+
+    with untouched(tiny_backbone()):
+        yield tiny_backbone()
+
+
+@pytest.fixture
+def passes(backbone):
+    """The shapes (rows, tokens) of all forward passes of the tiny Llama in this test."""
+    shapes = []
+    handle = backbone.embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    yield shapes
+    handle.remove()
+
+
+@pytest.fixture
 def no_data(monkeypatch, tmp_path):
     """No source known, no data but the sample, and a hub that is not asked."""
     for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
