@@ -19,16 +19,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.encode import ReferencePath
 from lib.core.backbone import Backbone, load_backbone
-from lib.core.devices import device_name
 from lib.core.encoder import SentenceEncoder
+from lib.core.hardware import device_name
 from lib.core.store import write_atomically
 from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
 from lib.report.results import environment
 from lib.report.settings import Setting
-from lib.studies.cost import QUARTILES, count_flops, matmul_peak, measure, ratio_quartiles
-from lib.studies.cost_tables import GPU_RESULTS, contenders, run_methods
+from lib.studies.cost import (
+    GPU_RESULTS,
+    QUARTILES,
+    contenders,
+    count_flops,
+    matmul_peak,
+    measure,
+    ratio_quartiles,
+    run_methods,
+)
 
 METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
 WITH_TP = METHODS[2:]

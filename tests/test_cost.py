@@ -14,9 +14,7 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.token_prepending import TokenPrepending
 from lib.report.settings import Setting
 from lib.studies import cost
-from lib.studies import cost_tables as tables
-from lib.studies.cost import OPERATIONS, OTHER, PYTHON, QUARTILES
-from lib.studies.cost_tables import BASELINE, LAST, SAME, TP, TP_EXIT
+from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, SAME, TP, TP_EXIT
 
 SENTENCES = [
     "A man is playing a large flute.", "Three children, who are cold, run across the snowy field on the street.",
@@ -77,7 +75,7 @@ def test_a_run_does_its_passes_and_a_prepared_one_computes_the_embeddings_withou
         with cost.count_tokens(backbone) as counted:
             encoder.encode(SENTENCES, batch_size)
         assert counted["tokens"] == padded_tokens(encoder, batch_size, prefixes=True)
-    run = tables.prepared(encoder, SENTENCES, one_by_one=True)
+    run = cost.prepared(encoder, SENTENCES, one_by_one=True)
     with cost.count_tokens(backbone) as counted:
         found = run()
     assert counted["tokens"] == padded_tokens(encoder, 1, prefixes=False)
@@ -120,7 +118,7 @@ def test_pareto_front():
 def test_contenders_of_the_two_protocols():
     ck, rows = Setting(TokenPrepending(2, 3), 4), {}
     for one_by_one in (True, False):
-        found = tables.contenders(["mean", "prompteol", "ck"], {"prompteol": SETTING, "ck": ck}, one_by_one)
+        found = cost.contenders(["mean", "prompteol", "ck"], {"prompteol": SETTING, "ck": ck}, one_by_one)
         rows[one_by_one] = [(row.name, row.variant, row.exit_layer, row.method) for row in found]
     assert rows[True] == [
         ("mean", BASELINE, 3, None), ("prompteol", BASELINE, 3, None), ("prompteol", TP, 3, SETTING.method),
@@ -129,7 +127,7 @@ def test_contenders_of_the_two_protocols():
         ("ck", LAST, -1, None), ("ck", SAME, 4, None), ("ck", TP_EXIT, 4, ck.method)]
     assert found[0].encoder(tiny_backbone()).describe()["pooling"] == "mean"
     with pytest.raises(ValueError, match="prompteol"):
-        tables.contenders(["ck"], SETTINGS, True)
+        cost.contenders(["ck"], SETTINGS, True)
 
 
 def test_cost_table_and_overhead_by_hand():
@@ -141,13 +139,13 @@ def test_cost_table_and_overhead_by_hand():
             ("echo", BASELINE, (3.0, 4.0), 40, 8e8))
         for seconds in times
     ])
-    table = tables.cost_table(runs).set_index(["method", "variant"])
+    table = cost.cost_table(runs).set_index(["method", "variant"])
     assert table["time ratio"].tolist() == pytest.approx([1, 1.25, 2.5])
     assert table.loc[("echo", BASELINE), list(QUARTILES)].tolist() == pytest.approx([2.25, 2.75])  # round by round
     assert table.loc[("prompteol", BASELINE), "share of peak"] == pytest.approx((0.4 + 0.2) / 2)
     assert table["tokens / sentence"].tolist() == [10, 12, 20] and table["peak MB"].tolist() == [5, 5, 5]
     assert table["GFLOP / sentence"].tolist() == pytest.approx([0.2, 0.25, 0.4])
-    [added] = tables.overhead(runs).to_dict("records")  # Echo has no TP
+    [added] = cost.overhead(runs).to_dict("records")  # Echo has no TP
     assert added == pytest.approx({
         "method": "prompteol", "time ratio": 1.25, "lower quartile": 1.125, "upper quartile": 1.375,
         "FLOP ratio": 1.25, "more tokens / sentence": 2,
@@ -156,16 +154,16 @@ def test_cost_table_and_overhead_by_hand():
 
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_run_methods(one_by_one, one_thread):
-    backbone, methods = tiny_backbone(), tables.contenders(["mean", "prompteol", "ck"], SETTINGS, one_by_one)
+    backbone, methods = tiny_backbone(), cost.contenders(["mean", "prompteol", "ck"], SETTINGS, one_by_one)
     SentenceEncoder(backbone).encode(SENTENCES)  # the first call checks whether the model can share a prefix
-    runs = tables.run_methods(backbone, methods, SENTENCES[2:], rounds=2, one_by_one=one_by_one)
+    runs = cost.run_methods(backbone, methods, SENTENCES[2:], rounds=2, one_by_one=one_by_one)
     assert len(runs) == 2 * len(methods) and (runs["seconds"] > 0).all() and (runs["memory"] > 0).all()
     assert runs.groupby("round")["peak"].nunique().tolist() == [1, 1]  # one peak per round, the same for all
-    table = tables.cost_table(runs)
+    table = cost.cost_table(runs)
     assert table.loc[table["method"] == "prompteol", ["time ratio", *QUARTILES]].iloc[0].tolist() == [1, 1, 1]
     assert table["share of peak"].between(1e-6, 10).all()
     tp, base = (TP, BASELINE) if one_by_one else (TP_EXIT, LAST)
-    added = tables.overhead(runs, tp, base).set_index("method")
+    added = cost.overhead(runs, tp, base).set_index("method")
     assert list(added.index) == ["prompteol", "ck"]
     assert added.loc["ck", "more tokens / sentence"] > added.loc["prompteol", "more tokens / sentence"] > 0
     assert (added["FLOP ratio"] > 1).all() if one_by_one else (added["FLOP ratio"] < 1).all()  # three of four blocks
@@ -179,14 +177,14 @@ def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data, one_t
     shape = "--device cpu --layers 8 --hidden 32 --heads 4 --intermediate 48 --exit 7 --rounds 1"
     texts = ["--sentences=2", "--practical-sentences=3", f"--tokenizer={tmp_path / 'tokenizer'}"]
     path = gpu_cost.main([*shape.split(), *texts, f"--folder={tmp_path}"])
-    monkeypatch.setattr(tables, "GPU_RESULTS", tmp_path / "none")
-    assert tables.gpu_results() == []
-    monkeypatch.setattr(tables, "GPU_RESULTS", tmp_path)
-    [(about, read)] = tables.gpu_results()
+    monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path / "none")
+    assert cost.gpu_results() == []
+    monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path)
+    [(about, read)] = cost.gpu_results()
     assert path.parent == tmp_path and about["weights"] == "random" and about["dtype"] == "bfloat16"
     assert about["device"] and about["environment"]["date"] and about["environment"]["packages"]["torch"]
-    assert list(tables.cost_table(read["paper"])["method"].unique()) == ["mean", "prompteol", "ke"]
-    assert tables.overhead(read["practical"], TP_EXIT, LAST)["method"].tolist() == ["prompteol", "ke"]
+    assert list(cost.cost_table(read["paper"])["method"].unique()) == ["mean", "prompteol", "ke"]
+    assert cost.overhead(read["practical"], TP_EXIT, LAST)["method"].tolist() == ["prompteol", "ke"]
     paths = read["reference"]
     assert paths["path"].tolist() == ["reference", "ours"] * 2
     assert (paths.groupby("prompt")["TFLOP"].first() > paths.groupby("prompt")["TFLOP"].last()).all()

@@ -9,9 +9,9 @@ import tiny_models
 import torch
 from tiny_models import HIDDEN, LAYERS, assert_same, loop_states, prompt_ids, tiny_backbone
 
-from lib.core.batches import token_batches
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import block_input, read_states, replace_input
+from lib.core.hardware import token_batches
 from lib.core.postprocess import MeanRemoved, Normalise
 from lib.core.prompts import PROMPTS, Prompt, clean_sentence
 from lib.core.store import EmbeddingStore

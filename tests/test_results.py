@@ -182,7 +182,7 @@ def with_a_line(text: str) -> str:
 
 @pytest.mark.parametrize("file, change, stale", [  # whether the STS results of the baseline and of TP are stale
     *((file, with_a_line, [True, True]) for file in (
-        "core/tokens.py", "core/forward.py", "core/pooling.py", "core/batches.py", "core/encoder.py",
+        "core/tokens.py", "core/forward.py", "core/pooling.py", "core/hardware.py", "core/encoder.py",
         "evaluation/sts.py", "data/sources.py")),
     ("core/token_prepending.py", lambda text: text.replace("= states[row, last", "= -states[row, last"), [False, True]),
     ("core/forward.py", lambda text: text.replace('"""', '"""Other words. ', 1), [False, False]),

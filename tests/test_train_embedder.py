@@ -147,7 +147,7 @@ def test_an_adapter_is_trained_again_exactly_when_something_that_decides_it_chan
     monkeypatch.setitem(PROMPTS, "prompteol", replace(PROMPTS["prompteol"], templates=("{sentence}",)))
     assert count()[1] == 4
     code = dependencies("lib.studies.train_embedder")
-    assert {"lib.core.tokens", "lib.core.batches", "lib.core.adapters", "lib.data.sts"} <= code
+    assert {"lib.core.tokens", "lib.core.hardware", "lib.core.adapters", "lib.data.sts"} <= code
     assert not code & {"lib.core.encoder", "lib.core.embedders", "lib.core.token_prepending"}
 
 
