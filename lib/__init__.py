@@ -1,16 +1,21 @@
 """Training-free text embeddings from language models: Token Prepending and key tokens.
 
-Six rooms, each importing only from those after it: run, studies, report, evaluation, data, core. For an embedding of your
-own, `core` is all that is needed. The names below are imported when they are first used, so that `import lib` is quick.
+Six rooms, each importing only from those after it: run, studies, report, evaluation, data, core. For an embedding of
+your own, `core` is all that is needed. The names below are imported when they are first used, so that `import lib` is quick.
 """
 
 from importlib import import_module
 
 _HOMES = {
+    "lib.core.attention_values": ("AttentionValues",),
     "lib.core.backbone": ("Backbone", "ModelNotFoundError", "UnsupportedModelError", "load_backbone"),
+    "lib.core.contrastive": ("ContrastivePrompting",),
     "lib.core.encoder": ("SentenceEncoder",),
     "lib.core.pooling": ("LastToken", "Mean"),
-    "lib.core.postprocess": ("ComponentRemoved", "ComponentShifted", "MeanRemoved", "Normalise"),
+    "lib.core.postprocess": (
+        "ComponentRemoved", "ComponentShifted", "EmbedFilter", "MeanDirectionRemoved", "MeanRemoved", "Normalise",
+        "load_postprocess",
+    ),
     "lib.core.prompts": ("PROMPTS", "Prompt"),
     "lib.core.store": ("EmbeddingStore",),
     "lib.core.token_prepending": ("Placement", "TokenPrepending"),

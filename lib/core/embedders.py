@@ -131,7 +131,7 @@ def status(entry: Entry) -> str:
     repos = dict.fromkeys((entry.hub, entry.backbone, *(() if entry.trained_here else entry.adapters)))
     absent = []
     for repo in repos:
-        here = BUNDLED[repo].folder if repo in BUNDLED else Path(repo).is_dir()
+        here = not BUNDLED[repo].missing if repo in BUNDLED else Path(repo).is_dir()
         if not here and not any(isinstance(try_to_load_from_cache(repo, file), str) for file in WEIGHTS):
             absent.append(repo)
     if not absent:
