@@ -34,16 +34,25 @@ def one_thread():
         yield
 
 
-@pytest.fixture(scope="session")
-def smollm2():
-    """The bundled model in float32, the dtype of all reference numbers. Nothing may change it."""
+def bundled(name: str):
+    """A bundled model in float32, the dtype of all reference numbers. Nothing may change it."""
     from lib.core.backbone import ModelNotFoundError, load_backbone
 
     try:
         with threads(1):
-            return load_backbone("smollm2", dtype="float32", device="cpu")
+            return load_backbone(name, dtype="float32", device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(f"The bundled model is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return bundled("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    return bundled("gemma3-270m")
 
 
 @pytest.fixture

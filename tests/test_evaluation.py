@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from scipy.optimize import minimize
 from scipy.special import logsumexp
@@ -20,9 +21,10 @@ from lib.core.token_prepending import TokenPrepending
 from lib.data.retrieval import RetrievalData
 from lib.data.sources import DATA, DataSource, EvaluationData
 from lib.data.transfer import load_transfer
-from lib.evaluation import intervals, retrieval
+from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of, wide
 from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, dense_scores, evaluate_retrieval
+from lib.evaluation.senteval_classifier import stopped_early
 from lib.evaluation.sts import cosine, sts_pairs, sts_scores
 from lib.evaluation.tasks import RETRIEVAL, STS, compare_suite
 from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
@@ -179,6 +181,37 @@ def test_what_cannot_be_fitted_is_refused(labels, splits):
         classify(np.arange(8.0).reshape(4, 2), labels, splits)
 
 
+@pytest.mark.parametrize("counts", [{"all": 500}, {"train": 900, "test": 100}, {"train": 600, "dev": 100, "test": 100}])
+def test_sentevals_classifier_learns_alike_each_time_but_not_from_small_features(counts, monkeypatch):
+    monkeypatch.setattr(transfer, "FOLDS", 3)
+    (features, labels), splits = blobs(sum(counts.values()), classes=3, distance=12.0), parts(**counts)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    found, again = (classify(features - 5, labels, splits, classifier="senteval") for _ in range(2))
+    assert (torch.get_rng_state() == states[0]).all() and (np.random.get_state()[1] == states[1]).all()
+    pd.testing.assert_frame_equal(found, again)
+    small, exact = (classify(1e-2 * (features - 5), labels, splits, classifier=c) for c in ("senteval", "exact"))
+    right, few, all_of_them = ((table["predicted"] == table["gold"]).mean() for table in (found, small, exact))
+    assert right > 0.95 and all_of_them > few + 0.02
+    with pytest.raises(ValueError, match="No classifier 'adam'; choose from exact, senteval"):
+        classify(features, labels, splits, classifier="adam")
+
+
+def test_sentevals_classifier_takes_pytorchs_steps_and_stops_after_six_rounds_that_are_no_new_best(monkeypatch):
+    (features, labels), fit, held = blobs(400, classes=3), np.arange(130), np.arange(130, 140)
+    labels[held], orders, drawn = 9, np.random.RandomState(1111), []  # no label of theirs: the first round stays best
+    with torch.random.fork_rng():
+        layer = (torch.manual_seed(1111), torch.nn.Linear(12, 3))[1]
+    adam, x, y = torch.optim.Adam(layer.parameters(), weight_decay=0.1), torch.tensor(features), torch.tensor(labels)
+    for rows in (rows for _ in range(4) for rows in torch.tensor(orders.permutation(130)).split(64)):
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(layer(x[rows]), y[rows]).backward()
+        adam.step()
+    counting = {"permutation": lambda of, n: drawn.append(n) or np.random.mtrand.RandomState.permutation(of, n)}
+    monkeypatch.setattr(np.random, "RandomState", type("Counting", (np.random.RandomState,), counting))
+    found = stopped_early(features, labels, fit, np.arange(140, 400), (0.0, 0.1), held)
+    assert (found[1] == layer(x[140:]).argmax(dim=1).numpy()).all() and len(drawn) == 7 * 4
+
+
 def test_pair_features_and_transfer_scores_by_hand():
     np.testing.assert_array_equal(pair_features(np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]])), [[2, 3, 3, -2]])
     rows = [("MR", g, p) for g, p in zip([0, 1, 1, 0], [0, 1, 0, 0])]
@@ -201,6 +234,7 @@ def test_sample_tasks_at_several_layers(task, tested, one_thread):
     features = pair_features(first, second) if task == "paraphrase" else first
     alone = classify(features, data["label"], data["split"])
     assert (alone["predicted"].to_numpy() == last["predicted"].to_numpy()).mean() > 0.9  # the same but for rounding
+    assert transfer_predictions(encoder, {task: data}, classifier="senteval")["gold"].tolist() == last["gold"].tolist()
 
 
 # Retrieval.

@@ -209,7 +209,7 @@ def test_scores_and_gaps_of_cosine_overlap_and_both():
 
 
 def test_what_pairs_share_and_what_changes(backbone, monkeypatch):
-    rows = [("antonym", "dog cat", "dog bird"), ("role swap", "dog cat", "cat dog")]
+    rows = [("antonym", "a dog a cat", "a dog a bird"), ("role swap", "a dog a cat", "a cat a dog")]
     pairs = pd.DataFrame(rows, columns=["kind", "sentence1", "sentence2"])
     study = partial(concepts.minimal_pairs, {"m": SentenceEncoder(backbone, "prompteol")}, backbone, pairs, k=5)
     table = study()

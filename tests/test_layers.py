@@ -59,6 +59,7 @@ def test_scores_of_spans_are_those_of_ordinary_encoders_and_are_stored(no_data, 
     assert table.loc[table["end"] > 0, "difference"].abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:.*sentences were cut")  # MetaEOL's prompts leave this tiny model little room
 def test_settings_of_sample_data_stay_under_runs_and_those_of_real_data_go_to_configs(folders, monkeypatch):
     backbone, data = tiny_backbone(), load_sts("sample", "dev")
     path = layers.choose(backbone, ["prompteol"], 16, folders.store, "try")

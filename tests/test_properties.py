@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import HIDDEN, KINDS, assert_same, build_tokenizer, tiny_backbone
 
+from lib.core.attention_values import AttentionValues
+from lib.core.contrastive import ContrastivePrompting
 from lib.core.encoder import SentenceEncoder
 from lib.core.token_prepending import TokenPrepending
 from lib.core.tokens import PromptTokenizer
@@ -30,6 +32,8 @@ TWO = TokenPrepending(1, 3, place="in_quote", count=2)
 ENCODERS = {
     "prompteol": {"prompt": "prompteol"}, "prompteol, tp": {"prompt": "prompteol", "method": TP},
     "none": {"prompt": "none"}, "none, tp": {"prompt": "none", "method": TP}, "echo": {"prompt": "echo"},
+    "attention values": {"prompt": "prompteol", "method": TP, "pooling": AttentionValues()},
+    "contrastive": {"prompt": "prompteol", "method": ContrastivePrompting(1)},
     "ke, mean": {"prompt": "ke", "pooling": "mean"}, "two placeholders": {"prompt": "ke", "method": TWO},
 }
 

@@ -124,7 +124,7 @@ def test_nested_settings_apply_together_and_end_separately(backbone):
 
 
 def rows_of(kind, template, sentences=SENTENCES):
-    return PromptTokenizer(build_tokenizer(kind), 256)(template, sentences)
+    return PromptTokenizer(build_tokenizer(kind), 512)(template, sentences)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -80,6 +80,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "olmo2": ("olmo2", _LLAMA),
     "stablelm": ("stablelm", _LLAMA),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
+    # Granite scales what attention and MLP return before it adds it.
+    "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7}),
 }
 
 _CORPUS = [

@@ -26,6 +26,11 @@ class AttentionValues:
     start: int = 0
     needs_span = False
 
+    def check(self, backbone: Backbone) -> None:
+        """Find the model's attention now: a pass with a method attached would mislead the search. Raises
+        `UnsupportedModelError` where it is not found."""
+        attention_modules(backbone)
+
     def read(self, backbone: Backbone, batch: Batch, layers: Iterable[int], prefix=None) -> dict[int, torch.Tensor]:
         """Run the batch up to the last of `layers`: layer -> float32 (batch, hidden). `ValueError` for a layer that is
         not above `start`, `UnsupportedModelError` for a model whose attention is not found."""

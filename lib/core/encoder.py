@@ -75,6 +75,8 @@ class SentenceEncoder:
             raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)} or pass a pooling.")
         self.pooling = POOLINGS[pooling] if isinstance(pooling, str) else pooling
         self.max_length = min(self.max_length, backbone.max_length)
+        if hasattr(self.pooling, "check"):
+            self.pooling.check(backbone)
         if method:
             method.check(backbone)
         self.templates = method.templates(prompt) if method else prompt.templates

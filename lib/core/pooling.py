@@ -38,7 +38,8 @@ READS = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """What an encoder reads. One of your own is any object with `needs_span`, `read` and `describe`.
+    """What an encoder reads. One of your own is any object with `needs_span`, `read` and `describe`; where it
+    has `check(backbone)`, that is called before any method is attached.
 
     Names beside those of `POOLINGS` are for models whose tokens attend to both sides: `"all"`, the mean state of all
     tokens, special tokens included; `"first"`, the first token's state; `"mask"`, the mask token's; `"pooler"`, what

@@ -25,7 +25,7 @@ class Batch:
         ids: int64 (batch, tokens), padded on the right, without the shared prefix.
         placeholders: int64 (batch, count), the position of every placeholder; None without one.
         first, last: int64 (batch,), the first token that a mean counts and the last real token.
-        texts: the prepared sentence of each row.
+        texts: the prepared sentence of each row, cut where it was too long.
     """
 
     ids: torch.Tensor
@@ -107,7 +107,7 @@ class PromptTokenizer:
                 first[k] = place and place + shift
         limits = [shift + len(head), *(row[0] for row in placeholders or ()), *(first if span else ())]
         limits += [len(row) - 1 - len(self.after) for row in ids]
-        return TokenRows(sentences, ids, placeholders, first, shared_prefix(ids, min(limits)))
+        return TokenRows(cut, ids, placeholders, first, shared_prefix(ids, min(limits)))
 
     def _copy_with(self, marker: str) -> tuple:
         """A copy of the tokenizer with one more token, and the token's id."""

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 TAILS = (2.5, 97.5)  # percentiles: the ends of a 95 % interval
 CELLS = 2**16  # resamples x items that are held at once: 0.5 MB as float64, which a processor's cache holds
 Tables = Sequence[pd.DataFrame]
-Runs = dict[Hashable, pd.DataFrame]
+Runs = dict[Hashable, pd.DataFrame | Sequence[pd.DataFrame]]
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,16 @@ def _values(tables: Tables, weights: np.ndarray, column: str) -> np.ndarray:
 
 def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[str, np.ndarray]:
     """task -> the measured values (first row) and the resampled ones, float64 (1 + draws, runs)."""
-    label, first = next(iter(runs.items()))
+    flat = [(name, of) for name, run in runs.items() for of in ([run] if isinstance(run, pd.DataFrame) else run)]
+    own = [[place for place, (name, _) in enumerate(flat) if name == run] for run in runs]
+    label, first = flat[0]
     same = {"task", "item"}.union({"gold", "token", statistic.within or "item"}.intersection(first))
-    for other, table in runs.items():
+    for other, table in flat:
         if not all(column in table and np.array_equal(table[column], first[column]) for column in same):
             raise ValueError(f"The runs {label!r} and {other!r} do not hold the same items in the same order.")
     found = {}
     for task, rows in first.groupby("task", sort=False).indices.items():
-        tables = [table.iloc[rows].reset_index(drop=True) for table in runs.values()]
+        tables = [table.iloc[rows].reset_index(drop=True) for _, table in flat]
         items = tables[0].drop_duplicates("item", ignore_index=True)
         groups = list(items.groupby(statistic.within).indices.values()) if statistic.within else [np.arange(len(items))]
         generator, size = np.random.default_rng([seed, *str(task).encode()]), max(1, CELLS // len(items))
@@ -114,6 +116,7 @@ def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[st
         found[task] = np.concatenate([measured, *(statistic(tables, of) for of in weights)])
         if statistic.centred and draws:
             found[task][1:] += measured - found[task][1:].mean(axis=0)
+        found[task] = np.stack([found[task][:, places].mean(axis=1) for places in own], axis=1)
     return found
 
 
@@ -134,6 +137,7 @@ def compare(
 
     Args:
         runs: label -> table with the columns task, item and what the statistic needs; the same items in the same order.
+            Of a list of tables, such as those of several seeds, the mean of their statistics counts.
         statistic: `SPEARMAN`, `mean_of(column)`, `area_under_roc`, `distinct_share`, or a function as in `Statistic`.
         reference: label of the run that all are compared with, in pairs. ratio: whether to divide by it, too.
         draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan do not count.

@@ -1,5 +1,6 @@
 """Semantic textual similarity, scored as SentEval does (arXiv 1803.05449)."""
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -26,6 +27,18 @@ def sts_pairs(
         for task, pairs in data.items()
     )
     tables = [frame.assign(layer=layer, similarity=cosine(*np.split(states[layer], 2))) for layer in states]
+    return pd.concat(tables, ignore_index=True)
+
+
+def word_overlap(data: dict[str, EvaluationData]) -> pd.DataFrame:
+    """The trivial baseline, in the columns of `sts_pairs`: of the lower-cased words of a pair's sentences, the
+    share that both hold (Jaccard, 0 to 1; 0 without words). The layer is `"none"`."""
+    tables = []
+    for task, pairs in data.items():
+        sides = ([set(re.findall(r"\w+", text.lower())) for text in pairs[side]] for side in ("sentence1", "sentence2"))
+        shared = [len(a & b) / max(len(a | b), 1) for a, b in zip(*sides)]
+        about = {"task": task, "subset": pairs["subset"], "item": range(len(pairs)), "gold": pairs["score"]}
+        tables.append(pd.DataFrame(about | {"layer": "none", "similarity": shared}))
     return pd.concat(tables, ignore_index=True)
 
 

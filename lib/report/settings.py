@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from lib.core import processes
+from lib.core.contrastive import ContrastivePrompting
 from lib.core.store import ROOT, write_atomically
 from lib.core.token_prepending import TokenPrepending
 
@@ -15,10 +16,11 @@ FOLDER, RUNS = ROOT / "configs" / "settings", ROOT / "runs"
 
 @dataclass(frozen=True)
 class Setting:
-    """What was chosen for one prompt: TP, and the layer at which the embedding is read."""
+    """What was chosen for one prompt: TP, the layer at which the embedding is read, and Contrastive Prompting."""
 
     method: TokenPrepending
     exit_layer: int
+    contrastive: ContrastivePrompting | None = None  # where it was searched for
 
 
 def settings_file(model: str, sample: bool = False, profile: str = "default") -> Path:
@@ -33,13 +35,16 @@ def load_settings(model: str, sample: bool = False, profile: str = "default") ->
     if not texts:
         raise FileNotFoundError(f"{files[0].name} is not there. Make it with: python -m lib.studies.layers {model}")
     prompts = {name: chosen for text in texts for name, chosen in yaml.safe_load(text)["prompts"].items()}
-    return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"]) for name, s in prompts.items()}
+    return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"], s.get("cp") and ContrastivePrompting(**s["cp"]))
+            for name, s in prompts.items()}
 
 
 def save_settings(model: str, prompts: dict, about: dict, sample: bool = False, profile: str = "default") -> Path:
-    """Write these prompts' settings (start, end, exit, and why) beside those of others; `about` is the file's head."""
+    """Write these parts of prompts' settings (start, end, exit, cp, and why) beside all others; `about` is the head."""
     path = settings_file(model, sample, profile)
-    before = yaml.safe_load(path.read_text())["prompts"] if path.exists() else {}
-    content = yaml.safe_dump(about | {"prompts": before | prompts}, sort_keys=False, width=120)
+    found = yaml.safe_load(path.read_text()) if path.exists() else {"prompts": {}}
+    chosen = {name: found["prompts"].get(name, {}) | setting for name, setting in prompts.items()}
+    about = found | about | {"prompts": found["prompts"] | chosen}
+    content = yaml.safe_dump(about, sort_keys=False, width=120)
     write_atomically(path, content.encode())
     return path

@@ -21,7 +21,8 @@ def compare_variants(
     tables = []
     for prompt, variants in runs.items():
         table = compare(variants, statistic, reference if reference in variants else None, draws=draws)
-        layers = table["run"].map({variant: of["layer"].iloc[0] for variant, of in variants.items()})
+        first = {variant: of if isinstance(of, pd.DataFrame) else of[0] for variant, of in variants.items()}
+        layers = table["run"].map({variant: of["layer"].iloc[0] for variant, of in first.items()})
         tables.append(pd.DataFrame({"prompt": prompt, "variant": table.pop("run"), "layer": layers}).join(table))
     return pd.concat(tables, ignore_index=True)
 
@@ -35,6 +36,19 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     """A table of `compare_variants` with a column per task; low and high are the interval of the average."""
     names = ["prompt", "variant", "layer"]
     return wide(scores, names).merge(overall(scores)[[*names, "low", "high"]], on=names)
+
+
+def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callable) -> pd.DataFrame:
+    """The average over the tasks by the placeholder's seed, summed up: prompt, variant, count, mean, std, min, max.
+
+    `runs` are prompt -> variant -> a table of items for each seed. The standard deviation of one seed is nan.
+    """
+    rows = []
+    for prompt, variants in runs.items():
+        for variant, tables in variants.items():
+            scores = overall(compare(dict(enumerate(tables)), statistic, draws=0))["value"]
+            rows.append({"prompt": prompt, "variant": variant, **scores.agg(["count", "mean", "std", "min", "max"])})
+    return pd.DataFrame(rows).astype({"count": int})
 
 
 def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
