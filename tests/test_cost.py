@@ -1,7 +1,6 @@
 """Costs: what is counted against torch's own count, what is timed in which order, and the arithmetic of the tables."""
 
 import gc
-import time
 
 import numpy as np
 import pandas as pd
@@ -102,11 +101,11 @@ def test_time_is_booked_where_it_went(one_thread):
     })
     names = [name for operations in OPERATIONS.values() for name in operations.split()]
     assert len(names) == len(set(names)), "no operation is in two groups"
-    a = torch.ones(500, 500)
-    profile = cost.time_by_group({"products": lambda: [a @ a for _ in range(10)], "waiting": lambda: time.sleep(0.05)})
-    shares = profile.set_index(["run", "group"])["share"]
-    assert shares["products", "matrix products"] > 0.5 and shares["waiting", PYTHON] > 0.9
-    assert shares.groupby("run").sum().tolist() == pytest.approx([1, 1])
+    rows = cost.contenders(["prompteol"], SETTINGS, True)
+    shares = cost.time_shares(tiny_backbone(), rows, SENTENCES[:1], SENTENCES).set_index(["run", "group"])["share"]
+    sums, own = shares.groupby("run", sort=False).sum(), shares.xs(PYTHON, level="group")
+    assert list(sums.index) == [f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)]
+    assert sums.tolist() == pytest.approx([1] * 4) and (own > 0).all()
 
 
 def test_pareto_front():
