@@ -20,11 +20,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_smoke.py", "test_interrupted.py"))
 
 
-@pytest.fixture
-def one_thread():
-    """Asked for by some files; it holds for all tests."""
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     """The bundled model in float32, the dtype of all reference numbers. Nothing may change it."""

@@ -93,7 +93,7 @@ def test_peak_memory_sees_what_is_alive_at_a_time():
     assert together["bytes"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.01)
 
 
-def test_time_is_booked_where_it_went(one_thread):
+def test_time_is_booked_where_it_went():
     events = {"aten::mm": 30, "aten::addmm": 20, "aten::copy_": 10, PYTHON: 25, "aten::view": 10, "a kernel": 5}
     assert cost.group_shares(events).to_dict() == pytest.approx({
         "matrix products": 0.5, "attention": 0, "norms, activations, sums": 0, "copies and indexing": 0.1, PYTHON: 0.25,
@@ -152,7 +152,7 @@ def test_cost_table_and_overhead_by_hand():
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_run_methods(one_by_one, one_thread):
+def test_run_methods(one_by_one):
     backbone, methods = tiny_backbone(), cost.contenders(["mean", "prompteol", "ck"], SETTINGS, one_by_one)
     SentenceEncoder(backbone).encode(SENTENCES)  # the first call checks whether the model can share a prefix
     runs = cost.run_methods(backbone, methods, SENTENCES[2:], rounds=2, one_by_one=one_by_one)
@@ -169,7 +169,7 @@ def test_run_methods(one_by_one, one_thread):
 
 
 @pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
-def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data, one_thread):
+def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(gpu_cost, "METHODS", ("mean", "prompteol", "ke"))
     monkeypatch.setattr(gpu_cost, "WITH_TP", ("prompteol", "ke"))
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")
