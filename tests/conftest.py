@@ -1,15 +1,18 @@
-"""Fixtures that several test files use, and the order in which two workers run the files."""
-
-import os
-from contextlib import contextmanager
+"""Fixtures that several test files use, how properties are searched, and the order in which workers run the files."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lib.data import download, sources
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Handing small products to several threads costs more than it saves, most on a busy machine.
+torch.set_num_threads(1)
+
+# The same examples in each run, however slow the machine is.
+settings.register_profile(
+    "same", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
@@ -17,30 +20,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_smoke.py", "test_interrupted.py"))
 
 
-@contextmanager
-def threads(count: int):
-    """Run with so many threads. Handing small products to several costs more than it saves, most on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread():
-    with threads(1):
-        yield
-
-
 def bundled(name: str):
     """A bundled model in float32, the dtype of all reference numbers. Nothing may change it."""
     from lib.core.backbone import ModelNotFoundError, load_backbone
 
     try:
-        with threads(1):
-            return load_backbone(name, dtype="float32", device="cpu")
+        return load_backbone(name, dtype="float32", device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(f"The bundled model is not here: {error}")
 
@@ -56,7 +41,7 @@ def gemma3():
 
 
 @pytest.fixture
-def backbone(one_thread):
+def backbone():
     """The tiny Llama that tests share. After each of them it must be as it was."""
     from tiny_models import tiny_backbone, untouched
 

@@ -8,8 +8,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-from lib.data import sources
-
 
 class FakeHub:
     """Serves `files` (name -> bytes) of every repository, and behaves as `mode` says.
@@ -81,14 +79,3 @@ class FakeHub:
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()
-
-
-@contextlib.contextmanager
-def serving(files, monkeypatch):
-    """A `FakeHub` that `lib.data` asks."""
-    hub = FakeHub(files)
-    sources.forget_sources()
-    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    yield hub
-    hub.close()

@@ -19,9 +19,9 @@ MEASURED = re.compile(r"\btime\b|second|\bms\b|\bMB\b|\bGB\b|peak|speed|^cost$|^
 INTERVAL = re.compile(r"(^|_)(low|high)$|quartile", re.I)
 ONLY_MEASURED = ("cost_profile.csv", "cost_beside_paper.csv")
 
-# How far a number may be from the golden one, absolutely and as a share of it. On another processor float32 sums come in
-# another order: with AVX2 for AVX512 and two threads for one, all numbers moved by less than 0.0001 of themselves, but
-# those that hang on the embedder that is trained here by up to 0.022, because training makes rounding grow.
+# How far a number may be from the golden one, absolutely and as a share of it. On another processor float32 sums come
+# in another order: with AVX2 for AVX512 and two threads for one, all numbers moved by less than 0.0001 of themselves,
+# but those that hang on the embedder that is trained here by up to 0.022, because training makes rounding grow.
 LIMIT, OF_THE_TRAINED_EMBEDDER = 2e-3, 4e-2
 TRAINED = ("alignment_scores", "alignment_embedder", "spectrum_", "retrieval_", "concepts_")
 

@@ -10,15 +10,13 @@ from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backb
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lib.core.backbone import Backbone
 from lib.core.encoder import SentenceEncoder
 from lib.evaluation import alignment, vocabulary
 from lib.evaluation.alignment import alignment_scores, decode_logits, final_states, logit_chunks, top_tokens
 from lib.evaluation.vocabulary import DEFAULT_RULE, OFFICIAL_RULE, TokenRule, token_classes, token_texts
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # A byte-level vocabulary by hand. Bytes C3 and E3 are parts of characters; lower case would turn the name of one into
 # the other's ("Ã" into "ã").
@@ -55,6 +53,7 @@ def test_logits_are_those_of_the_models_own_head_and_states_before_the_last_go_t
     torch.testing.assert_close(ours, output.logits[0], rtol=1e-5, atol=1e-4)
     assert output.logits.std() > 0.1
     if family == "opt_narrow":  # its unembedding reads 16 of 32 dimensions, by way of a projection
+        assert backbone.final_norm is None
         with pytest.raises(ValueError, match="tiny-opt_narrow"):
             decode_logits(backbone, state.numpy(), 2)
         return
@@ -101,18 +100,6 @@ def test_chunks_of_texts_and_of_the_vocabulary_change_nothing(monkeypatch):
     np.testing.assert_array_equal(ids, np.argsort(-whole, axis=1)[:, :6])
     np.testing.assert_allclose(logits, -np.sort(-whole, axis=1)[:, :6], atol=1e-5)
     np.testing.assert_allclose(alignment.mean_logits(logit_chunks(backbone, states)), whole.mean(axis=0), atol=1e-6)
-
-
-def test_the_head_of_a_masked_model_is_used_whole():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).eval()
-    backbone = head(torch.eye(2), model=model)
-    backbone.unembedding = model.cls
-    with torch.inference_mode():
-        output = model(input_ids=torch.tensor([[4, 5, 6]]), output_hidden_states=True)
-    logits = decode_logits(backbone, output.hidden_states[-1][0].numpy())
-    np.testing.assert_allclose(logits, output.logits[0], atol=1e-5)
 
 
 def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stands_minus_a_mean():
@@ -196,24 +183,21 @@ def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
     assert lines == ["**␣dog** \\n **Dog** <s>", "run . 7 **dog**"]
 
 
-def scores_of(top, texts, ks):
-    """Metric -> value, without intervals."""
-    return alignment_scores({"a": alignment.token_ranks(top, texts)}, ks, draws=0).set_index("metric")["value"]
+# Texts ranked over a vocabulary of 10. T of the first repeats 3, so its prefix has 4 places for 3 tokens; a text
+# without tokens does not count.
+TOP, OWN = np.array([[7, 3, 9, 5, 1, 0], [2, 4, 6, 8, 0, 1], [1, 2, 3, 4, 5, 6]]), [[3, 3, 5, 1], [0, 9, 5], []]
 
 
 def test_ranks_and_metrics_by_hand():
-    """Two texts, ranked over a vocabulary of 10. T of the first repeats 3, so its prefix has 4 places for 3 tokens."""
-    top, texts = np.array([[7, 3, 9, 5, 1, 0], [2, 4, 6, 8, 0, 1]]), [[3, 3, 5, 1], [0, 9]]
+    top, texts = TOP, OWN
     ranks = alignment.token_ranks(top, texts)
-    assert ranks["text"].tolist() == [0, 0, 0, 1, 1] and ranks["token"].tolist() == [3, 5, 1, 0, 9]
-    assert ranks["length"].tolist() == [4, 4, 4, 2, 2]
-    np.testing.assert_array_equal(ranks["rank"], [2, 4, 5, 5, np.nan])
+    assert ranks["text"].tolist() == [0, 0, 0, 1, 1, 1] and ranks["token"].tolist() == [3, 5, 1, 0, 9, 5]
+    assert ranks["length"].tolist() == [4, 4, 4, 3, 3, 3]
+    np.testing.assert_array_equal(ranks["rank"], [2, 4, 5, 5, np.nan, np.nan])
     metrics = alignment.alignment_metrics(ranks, ks=(1, 2, 5))
     assert metrics[["Hit@1", "Hit@2", "Hit@5"]].to_numpy().tolist() == [[0, 1, 1], [0, 0, 1]]
-    # Of {3, 5, 1} the prefix of length 4 holds 3 and 5, cut at 2 only 3; of {0, 9} the prefix of length 2 holds none.
+    # Of {3, 5, 1} the prefix of length 4 holds 3 and 5, cut at 2 only 3; of {0, 9, 5} the prefix of length 3 none.
     np.testing.assert_allclose(metrics[["LAR", "LAR@2", "LAR@5"]], [[2 / 3, 1 / 3, 2 / 3], [0, 0, 0]])
-    scores = scores_of(top, texts, (2, 5))
-    assert scores[["GAR", "GAR@2"]].tolist() == pytest.approx([2 / 5, 1 / 5])  # of {0, 1, 3, 5, 9}
     with pytest.raises(ValueError, match="Hit@7"):
         alignment.alignment_metrics(ranks, ks=(1, 7))
     for shallow, own in ((top[:, :3], texts), (top, texts[:1])):
@@ -223,43 +207,16 @@ def test_ranks_and_metrics_by_hand():
         alignment_scores({"a": ranks, "b": alignment.token_ranks(top, texts[::-1])}, ks=(1,))
 
 
-def official_scores(top, texts, k):
-    """Hit@K, LAR and GAR step by step from the sets of ids, as the official code's description in the paper has it."""
-    hits, local, matched, existing = [], [], set(), set()
-    for ranking, own in zip(top.tolist(), texts):
-        if not own:  # a text without tokens does not count
-            continue
-        kept = ranking[:k]
-        inside = set(kept[: len(own)]).intersection(own)
-        hits.append(bool(set(kept).intersection(own)))
-        local.append(len(inside) / len(set(own)))
-        matched, existing = matched | inside, existing.union(own)
-    return np.mean(hits), np.mean(local), len(matched) / len(existing)
-
-
-def random_ranking(seed, count=30):
-    generator = np.random.default_rng(seed)
-    top = np.stack([generator.permutation(60)[:55] for _ in range(count)])
-    return top, [generator.integers(0, 60, size).tolist() for size in np.random.default_rng(9).integers(0, 25, count)]
-
-
-@pytest.mark.parametrize("k", [1, 5, 10, 50])
-def test_metrics_equal_the_official_definition_on_random_rankings(k):
-    top, texts = random_ranking(k)
-    scores = scores_of(top, texts, (k,))
-    np.testing.assert_allclose(scores[[f"Hit@{k}", f"LAR@{k}", f"GAR@{k}"]], official_scores(top, texts, k))
-    np.testing.assert_allclose(scores[["LAR", "GAR"]], official_scores(top, texts, 55)[1:])
-
-
-def test_runs_are_compared_in_pairs_with_intervals():
-    (top, texts), (other, _) = random_ranking(0), random_ranking(1)
-    ranks = {"b": alignment.token_ranks(top, texts), "a": alignment.token_ranks(other, texts)}
-    table = alignment_scores(ranks, ks=(10,), reference="b", draws=200)
+def test_scores_of_runs_by_hand_and_their_differences():
+    """b finds {3, 5} of {0, 1, 3, 5, 9} (5 in one of its two texts), cut at 2 only 3; a {0, 1, 5} and {0, 1}."""
+    ranks = {"b": alignment.token_ranks(TOP, OWN), "a": alignment.token_ranks(TOP[:, ::-1], OWN)}
+    table = alignment_scores(ranks, ks=(2,), reference="b", draws=200)
     assert table["run"].tolist() == ["b"] * 5 + ["a"] * 5
-    assert table["metric"].tolist() == ["Hit@10", "LAR@10", "LAR", "GAR@10", "GAR"] * 2
-    assert table.iloc[:5].filter(like="difference").eq(0).all(axis=None)
-    for kind, low, high in (("value", "low", "high"), ("difference", "difference_low", "difference_high")):
-        assert table.iloc[5:][kind].between(table.iloc[5:][low], table.iloc[5:][high]).all()
+    assert table["metric"].tolist() == ["Hit@2", "LAR@2", "LAR", "GAR@2", "GAR"] * 2
+    values = [1 / 2, 1 / 6, 1 / 3, 1 / 5, 2 / 5, 1, 1 / 3, 1 / 2, 2 / 5, 3 / 5]
+    assert table["value"].tolist() == pytest.approx(values)
+    assert table["difference"].tolist() == pytest.approx([0] * 5 + list(np.subtract(values[5:], values[:5])))
+    assert {"low", "high", "difference_low", "difference_high"} < {*table.columns}
 
 
 def test_rankings_as_deep_as_the_longest_text():
@@ -274,10 +231,6 @@ def test_rankings_as_deep_as_the_longest_text():
 
 
 def test_the_bundled_model(smollm2):
-    text = "The capital of France is"
-    with torch.inference_mode():
-        expected = smollm2.model(**smollm2.tokenizer(text, return_tensors="pt")).logits[0, -1]
-    states = SentenceEncoder(smollm2, "none").encode_layers([text], [28, -1])
-    np.testing.assert_allclose(decode_logits(smollm2, states[-1])[0], expected, rtol=1e-4, atol=1e-3)
+    states = SentenceEncoder(smollm2, "none").encode_layers(["The capital of France is"], [28, -1])
     assert alignment.aligned_tokens(smollm2, states[-1], k=1)["token"].tolist() == ["␣Paris"]
     assert "␣Paris" in alignment.aligned_tokens(smollm2, states[28], 28, k=20)["token"].tolist()

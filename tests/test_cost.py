@@ -1,7 +1,6 @@
 """Costs: what is counted against torch's own count, what is timed in which order, and the arithmetic of the tables."""
 
 import gc
-import time
 
 import numpy as np
 import pandas as pd
@@ -94,7 +93,7 @@ def test_peak_memory_sees_what_is_alive_at_a_time():
     assert together["bytes"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.01)
 
 
-def test_time_is_booked_where_it_went(one_thread):
+def test_time_is_booked_where_it_went():
     events = {"aten::mm": 30, "aten::addmm": 20, "aten::copy_": 10, PYTHON: 25, "aten::view": 10, "a kernel": 5}
     assert cost.group_shares(events).to_dict() == pytest.approx({
         "matrix products": 0.5, "attention": 0, "norms, activations, sums": 0, "copies and indexing": 0.1, PYTHON: 0.25,
@@ -102,11 +101,11 @@ def test_time_is_booked_where_it_went(one_thread):
     })
     names = [name for operations in OPERATIONS.values() for name in operations.split()]
     assert len(names) == len(set(names)), "no operation is in two groups"
-    a = torch.ones(500, 500)
-    profile = cost.time_by_group({"products": lambda: [a @ a for _ in range(10)], "waiting": lambda: time.sleep(0.05)})
-    shares = profile.set_index(["run", "group"])["share"]
-    assert shares["products", "matrix products"] > 0.5 and shares["waiting", PYTHON] > 0.9
-    assert shares.groupby("run").sum().tolist() == pytest.approx([1, 1])
+    rows = cost.contenders(["prompteol"], SETTINGS, True)
+    shares = cost.time_shares(tiny_backbone(), rows, SENTENCES[:1], SENTENCES).set_index(["run", "group"])["share"]
+    sums, own = shares.groupby("run", sort=False).sum(), shares.xs(PYTHON, level="group")
+    assert list(sums.index) == [f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)]
+    assert sums.tolist() == pytest.approx([1] * 4) and (own > 0).all()
 
 
 def test_pareto_front():
@@ -153,7 +152,7 @@ def test_cost_table_and_overhead_by_hand():
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_run_methods(one_by_one, one_thread):
+def test_run_methods(one_by_one):
     backbone, methods = tiny_backbone(), cost.contenders(["mean", "prompteol", "ck"], SETTINGS, one_by_one)
     SentenceEncoder(backbone).encode(SENTENCES)  # the first call checks whether the model can share a prefix
     runs = cost.run_methods(backbone, methods, SENTENCES[2:], rounds=2, one_by_one=one_by_one)
@@ -170,7 +169,7 @@ def test_run_methods(one_by_one, one_thread):
 
 
 @pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
-def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data, one_thread):
+def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(gpu_cost, "METHODS", ("mean", "prompteol", "ke"))
     monkeypatch.setattr(gpu_cost, "WITH_TP", ("prompteol", "ke"))
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -14,8 +14,8 @@ from unittest.mock import ANY, Mock
 import numpy as np
 import pytest
 from datasets import Dataset
-from fake_hub import serving
-from hypothesis import HealthCheck, given, settings
+from fake_hub import FakeHub
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.data import download, retrieval, sources, texts
@@ -203,11 +203,9 @@ def test_malformed_files_are_named_with_line_and_expectation(tiny, case):
 def test_unknown_names_list_what_exists():
     real = DataSource("folder", sources.DATA)
     for load, arguments, exists in (
-        (load_sts, ("STSB", "test", real), "STS12, .*STS-B, SICK-R"),
+        (load_sts, ("STSB", "test", real), "STS12, .*STS-B, SICK-R"), (load_beir, ("trec",), "cranfield, msmarco"),
         (load_sts, ("STS-B", "validation", real), "train, dev, test"),
-        (load_sts, ("STS-B", "train", SAMPLE), "dev, test"),
-        (load_transfer, ("MR", SAMPLE), "sentiment, .*paraphrase"),
-        (load_beir, ("trec",), "cranfield, msmarco-sample"),
+        (load_sts, ("STS-B", "train", SAMPLE), "dev, test"), (load_transfer, ("MR", SAMPLE), "sentiment, .*paraphrase"),
     ):
         with pytest.raises(ValueError, match=f"choose from {exists}"):
             load(*arguments)
@@ -235,7 +233,7 @@ def odd_contents(draw, good):
 
 
 @pytest.mark.parametrize("task", ["STS13", "STS-B", "SICK-R", "sample", "MR", "SST2", "TREC", "MRPC", "beir"])
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40)
 @given(data=st.data())
 def test_files_give_valid_rows_or_a_data_error(tmp_path, task, data):
     good = good_files(task)
@@ -265,7 +263,7 @@ def made_up(count, name="made up", **columns):
     return EvaluationData(name, Dataset.from_dict({"row": list(range(count))} | columns), {"rows": count, "caps": []})
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25)
 @given(count=st.integers(1, 90), sizes=st.lists(st.integers(1, 99), min_size=2, max_size=4).map(sorted))
 def test_samples_are_nested_and_are_the_same_whatever_was_drawn_before(count, sizes):
     data = made_up(count)
@@ -383,8 +381,12 @@ NESTED_TAR = tar_of(("data/downstream/" + STSB, STSB_ROW), ("data/downstream/SIC
 
 @pytest.fixture
 def hub(monkeypatch):
-    with serving({"senteval.tar": GOOD_TAR}, monkeypatch) as hub:
-        yield hub
+    hub = FakeHub({"senteval.tar": GOOD_TAR})
+    sources.forget_sources()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    yield hub
+    hub.close()
 
 
 @pytest.mark.parametrize("content", [GOOD_TAR, NESTED_TAR], ids=["flat", "nested"])

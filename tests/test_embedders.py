@@ -21,8 +21,7 @@ from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, lo
 from lib.core.encoder import SentenceEncoder
 from lib.core.store import EmbeddingStore
 from lib.core.token_prepending import TokenPrepending
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from lib.evaluation.alignment import decode_logits
 
 TEXTS = ["A man is playing a large flute on the street .", "The market fell by 3.5 %.", "The dog's bone [1]", "Nothing"]
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
@@ -170,8 +169,7 @@ def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
 @pytest.mark.parametrize("kind", ["bytes_bos", "metaspace_bos"])
 @pytest.mark.parametrize("name, role, head, tail", [
     ("gritlm", "query", "<|user|>\nGiven a scientific paper title, retrieve the paper's abstract\n<|embed|>\n", ""),
-    ("gritlm", "document", "<|embed|>\n", ""),
-    ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
+    ("gritlm", "document", "<|embed|>\n", ""), ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
     ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]"),
 ])
 def test_bidirectional_mistral_mean_from_the_sentence_on(tmp_path, kind, name, role, head, tail):
@@ -223,8 +221,7 @@ def bert(folder, kind: str = "BertForMaskedLM", model_type: str = "bert", **opti
 
 
 @pytest.mark.parametrize("name, role, head", [
-    ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: "),
-])
+    ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: ")])
 def test_mean_over_all_tokens(tmp_path, name, role, head):
     folder, model = bert(tmp_path, "MPNetForMaskedLM", "mpnet") if name == "mpnet" else bert(tmp_path)
     rows = PIECES([head + text for text in TEXTS])["input_ids"]
@@ -243,7 +240,7 @@ def test_prompt_bert_reads_the_mask_and_decodes_by_the_head_of_the_masked_langua
     assert_same(embeddings, read(model, rows, lambda states, ids: states[ids.index(4)]))
     with torch.inference_mode():
         logits = model(torch.tensor(rows[:1])).logits[0, rows[0].index(4)]
-        assert_same(embedder.decoder.unembedding(torch.from_numpy(embeddings[:1]))[0], logits)
+        assert_same(decode_logits(embedder.decoder, embeddings[:1])[0], logits)
 
 
 def test_bert_pooler_and_dpr_read_the_first_token_by_weights_from_the_checkpoint(tmp_path):

@@ -17,8 +17,6 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states
 from lib.core.token_prepending import TokenPrepending
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SENTENCES = ["A man is playing a flute.", "The plane takes off.", "No.", "Three children run across a cold field!"]
 TP = TokenPrepending(1, 3)
 ENDS = [0, 2, LAYERS]
@@ -93,17 +91,16 @@ def test_blocks_on_other_devices(first, place, tmp_path):
             assert_same(actual[layer], expected[layer], f"layer {layer}")
 
 
-class Memory:
-    """Stands for `SentenceEncoder.forward` on a machine where only so many rows fit."""
+def limit_memory(encoder: SentenceEncoder, rows: int, fail) -> list[int]:
+    """Let the encoder fail as on a machine where only so many rows fit; returns the rows of each try, as they come."""
+    run, tries = encoder.forward, []
 
-    def __init__(self, encoder: SentenceEncoder, rows: int, fail):
-        self.run, self.rows, self.fail, self.sizes = encoder.forward, rows, fail, []
+    def forward(batch, *rest):
+        tries.append(len(batch.ids))
+        return run(batch, *rest) if len(batch.ids) <= rows else fail()
 
-    def __call__(self, batch, layers, prefix):
-        self.sizes.append(len(batch.ids))
-        if len(batch.ids) > self.rows:
-            self.fail()
-        return self.run(batch, layers, prefix)
+    encoder.forward = forward
+    return tries
 
 
 ON_CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
@@ -115,21 +112,21 @@ def test_out_of_memory_halves_the_batches_and_says_so(fail):
     sentences = [f"The plane number {i} takes off." for i in range(22)]
     encoder = SentenceEncoder(tiny_backbone(), method=TP)
     expected = encoder.encode(sentences, batch_size=11)
-    encoder.forward = memory = Memory(encoder, 3, fail)
+    sizes = limit_memory(encoder, 3, fail)
     with pytest.warns(UserWarning, match="Out of memory") as warned:
         actual = encoder.encode(sentences, batch_size=11)
     assert_same(actual, expected)
-    assert memory.sizes[:3] == [11, 6, 3] and max(memory.sizes[3:]) <= 3, "batches that still wait are halved too"
+    assert sizes[:3] == [11, 6, 3] and max(sizes[3:]) <= 3, "batches that still wait are halved too"
     assert len(warned) == 2
 
 
 @pytest.mark.parametrize("fail, tries", [(ON_CUDA, 3), (Mock(side_effect=RuntimeError("shapes")), 1)])
 def test_out_of_memory_with_one_sentence_and_other_errors_are_raised(fail, tries):
     encoder = SentenceEncoder(tiny_backbone())
-    encoder.forward = memory = Memory(encoder, 0, fail)
+    sizes = limit_memory(encoder, 0, fail)
     with pytest.raises(RuntimeError), warnings.catch_warnings(action="ignore"):
         encoder.encode(SENTENCES)
-    assert len(memory.sizes) == tries
+    assert len(sizes) == tries
 
 
 def test_activations_are_freed_after_an_early_exit():

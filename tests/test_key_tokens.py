@@ -25,7 +25,6 @@ from lib.studies import concepts, key_tokens
 from lib.studies.concepts import INSTRUCTIONS, QUESTIONS, TASKS, WORDS
 from lib.studies.key_tokens import CONTENT, MERGED, STUDIED, Spectrum
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NO, KINDS = "no instruction", list(QUESTIONS["related: all of them above topic shift"])
 TEXTS = ["A dog runs home.", "The cat sleeps.", "Rain fell all day.", "A dog sleeps."]
 

@@ -27,7 +27,6 @@ from lib.studies import effects, layers
 from lib.studies.layers import attention_to_placeholder, by_sentence, context_dependency
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
 ]
 SENTENCES = ["The plane takes off.", "Three children, who are cold, run across the snowy field.", "No."]
 

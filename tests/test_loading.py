@@ -1,6 +1,5 @@
 """Where models come from: bundled ones and their reference numbers, folders, old files, and what is refused."""
 
-import csv
 import errno
 import hashlib
 import os
@@ -10,12 +9,11 @@ import shutil
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from scipy.stats import spearmanr
-from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, cosines, hook_ids, tiny_backbone
+from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, tiny_backbone
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lib.core import bundled
@@ -26,8 +24,8 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.prompts import PROMPTS, clean_sentence
 from lib.core.token_prepending import TokenPrepending
 from lib.core.tokens import PromptTokenizer
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from lib.data.sts import load_sts
+from lib.evaluation.sts import sts_pairs, sts_scores
 
 SENTENCES = ["a girl is styling her hair .", 'Three men are playing chess, and one asks "who won?"', "No"]
 
@@ -93,31 +91,21 @@ def test_bad_models_and_arguments_are_refused(tmp_path):
         load("smollm2", device_map="auto")
 
 
-class Saved:
-    """Stands for a model or a tokenizer; its file fits on the disk, or only half of it."""
-
-    config = object()
-
-    def __init__(self, whole: bool):
-        self.whole = whole
-
-    def save_pretrained(self, folder):
-        (folder / "model.safetensors").write_bytes(b"whole" if self.whole else b"half")
-        if not self.whole:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_a_copy_is_whole_or_not_there(tmp_path):
+    def save(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.raises(OSError, match="No space left"):
-        keep_copy(Saved(False), None, tmp_path / "model")
+        keep_copy(Mock(save_pretrained=save), None, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     old, new = tmp_path / ".model-old", tmp_path / ".model-new"  # what killed processes left
     old.mkdir()
     new.mkdir()
     os.utime(old, (0, 0))
-    keep_copy(Saved(True), Saved(True), tmp_path / "model")
+    keep_copy(tiny_backbone().model, tiny_backbone().tokenizer, tmp_path / "model")
     assert not old.exists() and new.exists(), "another process may still be writing the new one"
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"whole"
+    assert_same(load(tmp_path / "model").embeddings.weight, tiny_backbone().embeddings.weight)
 
 
 def test_a_release_that_misreads_the_tokenizer_and_a_package_that_is_not_there_are_refused(monkeypatch):
@@ -172,12 +160,10 @@ def test_smollm2_says_what_it_is_and_tokenises_as_the_official_code(smollm2):
 @pytest.mark.parametrize("tp", [None, TokenPrepending(1, 7)], ids=["baseline", "tp"])
 def test_smollm2_equals_the_loop(smollm2, tp):
     assert smollm2.num_layers == 30 and smollm2.hidden_size == 576 and smollm2.dtype == torch.float32
-    hooks = hook_ids(smollm2.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the prefix is shared
         sentences = SENTENCES[:2] if tp else SENTENCES[1:]
         assert_equals_loop(SentenceEncoder(smollm2, "ke", tp), sentences, [0, 1, 2, 7, 28, 29, 30], check=not tp)
-    assert hook_ids(smollm2.model) == hooks
 
 
 @pytest.mark.parametrize("name, blocks, added", [
@@ -206,13 +192,7 @@ def test_bundled_models_equal_plain_transformers(name, blocks, added, request):
 @pytest.mark.skipif("TP_DATA_DIR" not in os.environ, reason="set TP_DATA_DIR to a folder with senteval/STS")
 def test_smollm2_s_score_on_sts_b_is_that_of_the_official_code(smollm2):
     """Spearman x 100 of KE with TP on STS-B test, float32; the expected values are the official code's."""
-    path = Path(os.environ["TP_DATA_DIR"], "senteval", "STS", "STSBenchmark", "sts-test.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    assert len(rows) == 1379
-    scores, first, second = [float(row[4]) for row in rows], [row[5] for row in rows], [row[6] for row in rows]
-    expected = {28: 68.37, 29: 67.89, 30: 63.01}
-    states = SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7)).encode_layers(first + second, expected)
-    for layer, score in expected.items():
-        similarity = cosines(states[layer][: len(rows)], states[layer][len(rows) :]).numpy()
-        assert 100 * spearmanr(similarity, scores).statistic == pytest.approx(score, abs=0.05), layer
+    expected, pairs = {28: 68.37, 29: 67.89, 30: 63.01}, {"STS-B": load_sts("STS-B")}
+    table = sts_scores(sts_pairs(SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7)), pairs, list(expected)))
+    table = table[table["subset"] == "all"].set_index("layer")
+    assert table["score"].to_dict() == pytest.approx(expected, abs=0.05) and set(table["pairs"]) == {1379}

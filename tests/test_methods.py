@@ -13,8 +13,6 @@ from tiny_models import FAMILIES, HIDDEN, LAYERS, SENTENCES, SPARE_TOKEN, assert
 import lib
 from lib import AttentionValues, ContrastivePrompting, EmbedFilter, Prompt, SentenceEncoder, TokenPrepending, Variant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METHODS = {"": None, "tp": TokenPrepending(1, 3), "same": Variant(1, 3, write="same")}
 CASES = [*itertools.product(sorted(FAMILIES.keys() - {"opt_narrow"}), ("", "tp"))]
 CASES += itertools.product(("llama", "gemma3", "gptj", "bloom"), ["same"])

@@ -23,13 +23,12 @@ from mteb.models import EncoderProtocol  # noqa: E402
 
 from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
+METHODS = {"tp": TokenPrepending(1, 3), "another end": TokenPrepending(1, 2)}
+METHODS |= {f"vector of {n}": TokenPrepending(1, 3, init=np.full(32, n)) for n in (0, 1)}
 SETTINGS = {
     "baseline": {}, "another layer": {"exit_layer": 2}, "another prompt": {"prompt": "ke"},
     "another pooling": {"pooling": "mean"}, "another length": {"max_length": 100},
-    "tp": {"method": TokenPrepending(1, 3)}, "another end": {"method": TokenPrepending(1, 2)},
-    "another vector": {"method": TokenPrepending(1, 3, init=np.zeros(32))},
-    "one more vector": {"method": TokenPrepending(1, 3, init=np.ones(32))},
-}
+} | {name: {"method": method} for name, method in METHODS.items()}
 
 
 class SamplePairs(AbsTaskSTS):
@@ -37,8 +36,7 @@ class SamplePairs(AbsTaskSTS):
 
     metadata = TaskMetadata(
         name="SamplePairs", description="Pairs of the sample", type="STS", main_score="cosine_spearman",
-        eval_splits=["test"], eval_langs=["eng-Latn"], dataset={"path": "in/memory", "revision": "1"},
-    )
+        eval_splits=["test"], eval_langs=["eng-Latn"], dataset={"path": "in/memory", "revision": "1"})
 
     def __init__(self, pairs):
         super().__init__()

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import HIDDEN, KINDS, assert_same, build_tokenizer, tiny_backbone
 
@@ -18,32 +18,20 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.token_prepending import TokenPrepending
 from lib.core.tokens import PromptTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TP = TokenPrepending(1, 3)
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
 ODD = (
     *SPECIAL, "<PST>", "<<PST>>", "<PST", "PST>", "<0x0A>", "{sentence}", '"', "'", '" means in one word:"', "?", ".",
     "", " ", "  ", "\n", "\t", "\r\n", "\x00", "\ufeff", "\u00a0", "\u2028", "\u202e", "\u200b", "▁", "Ġ", "e\u0301",
-    "\uffff", "שלום עולם", "مرحبا بالعالم", "日本語", "ﷺ", "🙂", "👩‍👩‍👧", "🇳🇴", "\U0010ffff",
-    "The plane takes off.", "flute", "7",
-)
+    "\uffff", "שלום עולם", "مرحبا بالعالم", "日本語", "ﷺ", "🙂", "👩‍👩‍👧", "🇳🇴", "\U0010ffff", "The plane takes off.")
 TWO = TokenPrepending(1, 3, place="in_quote", count=2)
-ENCODERS = {
-    "prompteol": {"prompt": "prompteol"}, "prompteol, tp": {"prompt": "prompteol", "method": TP},
-    "none": {"prompt": "none"}, "none, tp": {"prompt": "none", "method": TP}, "echo": {"prompt": "echo"},
+ENCODERS = {f"{name}, {tp}": {"prompt": name, "method": tp} for name in ("prompteol", "none") for tp in (None, TP)}
+ENCODERS |= {"echo": {"prompt": "echo"}, "two placeholders": {"prompt": "ke", "method": TWO}}
+ENCODERS |= {"ke, mean": {"prompt": "ke", "pooling": "mean"}}
+ENCODERS |= {
     "attention values": {"prompt": "prompteol", "method": TP, "pooling": AttentionValues()},
     "contrastive": {"prompt": "prompteol", "method": ContrastivePrompting(1)},
-    "ke, mean": {"prompt": "ke", "pooling": "mean"}, "two placeholders": {"prompt": "ke", "method": TWO},
 }
-
-
-def fixed(examples: int):
-    """Settings of one test: so many examples, the same in each run, however slow the machine is."""
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 characters = st.characters(exclude_categories=["Cs"])  # no surrogates
@@ -67,7 +55,7 @@ def quiet(encoder: SentenceEncoder, sentences) -> np.ndarray:
 
 
 @encoders
-@fixed(12)
+@settings(max_examples=12)
 @given(sentences=batch, kind=st.sampled_from(KINDS), random=st.randoms(use_true_random=False))
 @example(sentences=BLANK, kind="bytes", random=Random(1))
 @example(sentences=BLANK, kind="metaspace", random=Random(1))
@@ -94,7 +82,7 @@ def tokenised(name: str, kind: str, sentences, max_length: int = 4096) -> tuple:
 
 @kinds
 @encoders
-@fixed(15)
+@settings(max_examples=15)
 @given(sentences=batch)
 @example(sentences=["".join(SPECIAL), " ".join(SPECIAL), *SPECIAL])
 @example(sentences=["<PST>", "<<PST>>", "<<<PST>>> <PST>", "<", "PST>"])
@@ -124,7 +112,7 @@ units = st.sampled_from(ODD) | st.text(characters, min_size=1, max_size=6)
 
 @kinds
 @encoders
-@fixed(5)
+@settings(max_examples=5)
 @given(words=st.lists(units, min_size=1, max_size=3), limit=st.integers(140, 256))
 @example(words=["the ", "plane", " takes", "日本 ☃", "...", '"cold" ; ', "🙂", "é"], limit=150)
 def test_ten_thousand_tokens_are_cut_with_a_warning_and_the_prompt_is_not(name, kind, words, limit):

@@ -1,9 +1,8 @@
-"""Stores on disk: results and embeddings, the code they hang on, and what a full disk, damage or a dying process does."""
+"""Stores on disk: results and embeddings, the code they hang on, full disks, damaged files, dying processes."""
 
 import errno
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 from functools import partial
@@ -66,8 +65,7 @@ def test_a_result_is_computed_once_and_again_for_other_settings_other_code_or_a_
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:-20], lambda b: b.replace(b"0.33", b"0.44"), lambda b: b"", lambda b: b"[]", lambda b: b"\xff" + b,
-])
+    lambda b: b[:-20], lambda b: b.replace(b"0.33", b"0.44"), lambda b: b"", lambda b: b"[]", lambda b: b"\xff" + b])
 def test_a_damaged_file_is_noticed_and_computed_again(folder, damage):
     counting = Counting()
     run_or_load("r", {}, counting.of_lib)
@@ -102,43 +100,21 @@ def test_a_description_tells_arguments_apart_and_holds_no_texts_and_no_store(tmp
         describe(object())
 
 
-def exit_status_of(function) -> int:
-    """Of a process of its own that runs this function: 0, 1 after an error, or below 0 the signal that killed it."""
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def test_a_write_that_does_not_fit_leaves_the_store_whole(tmp_path):
-    files = EmbeddingStore(tmp_path)
-
-    def write():
-        """Files of more than 4,000 bytes cannot be written here, as on a disk that is nearly full."""
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-        files.save("small", np.ones((2, 3)))
-        with pytest.raises(OSError) as caught:
-            files.save("large", np.ones((100, 300)))
-        assert caught.value.errno == errno.EFBIG
-
-    assert exit_status_of(write) == 0
-    assert files.load("large") is None and files.load("small").sum() == 6
-    assert [p.name for p in tmp_path.iterdir()] == ["small.npy"], "nothing half-written is left"
-
-
 def test_a_process_that_dies_while_it_writes_leaves_the_old_file(tmp_path):
     def die():
         store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         write_atomically(tmp_path / "table.csv", b"new" * 1000)
 
     write_atomically(tmp_path / "table.csv", b"old")
-    assert exit_status_of(die) == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "table.csv").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_result_that_could_not_be_stored_is_an_error_and_the_old_one_stays(monkeypatch, folder, step):
+@pytest.mark.parametrize("step", ["fdopen", "fsync", "replace"])
+def test_what_could_not_be_stored_is_an_error_and_leaves_the_old_file_and_no_other(monkeypatch, folder, step):
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -150,14 +126,18 @@ def test_a_result_that_could_not_be_stored_is_an_error_and_the_old_one_stays(mon
         full.setattr(store.os, step, no_space)
         with pytest.raises(OSError, match="No space left"):
             run_or_load("scores", {}, counting.of_lib, fresh_since=path.stat().st_mtime + 1)
+        with pytest.raises(OSError, match="No space left"):
+            EmbeddingStore(folder).save("embeddings", np.ones((2, 3)))
     assert [path] == list(folder.iterdir()) and path.read_bytes() == old
     assert run_or_load("scores", {}, counting.of_lib).reused and counting.calls == 2
 
 
-def test_any_changed_byte_of_stored_embeddings_is_noticed(tmp_path):
+def test_any_changed_byte_of_stored_embeddings_is_noticed_and_old_ones_are_not_fresh(tmp_path):
     files = EmbeddingStore(tmp_path)
     files.save("key", np.arange(6.0).reshape(2, 3))
-    whole = (tmp_path / "key.npy").read_bytes()
+    whole, stored = (tmp_path / "key.npy").read_bytes(), (tmp_path / "key.npy").stat().st_mtime
+    fresh = [EmbeddingStore(tmp_path, fresh_since=stored + later).load("key") for later in (-1, 1)]
+    assert fresh[0].tolist() == [[0, 1, 2], [3, 4, 5]] and fresh[1] is None
     changed = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
     with pytest.warns(UserWarning, match="damaged") as caught:
         for content in changed + [whole[:length] for length in range(len(whole))]:
@@ -176,8 +156,7 @@ def modules_of(method) -> set[str]:
     return code_of(partial(sts_pairs, SentenceEncoder(tiny_backbone(), method=method), {}))
 
 
-def with_a_line(text: str) -> str:
-    return text + "\nassert 1 + 1 == 2\n"
+with_a_line = "{}\nassert 1 + 1 == 2\n".format
 
 
 @pytest.mark.parametrize("file, change, stale", [  # whether the STS results of the baseline and of TP are stale

@@ -14,8 +14,6 @@ from lib.data.sources import DataSource, EvaluationData
 from lib.report import results, session, settings
 from lib.report.settings import load_settings, save_settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
@@ -51,9 +49,7 @@ def provenance(tmp_path):
     return json.loads((tmp_path / "figures" / "smoke" / "provenance.json").read_text())
 
 
-def test_every_task_of_an_evaluation_is_a_result_and_the_context_reaches_whom_it_concerns(
-    tmp_path, shown, pairs, monkeypatch
-):
+def test_every_task_is_a_result_and_the_context_reaches_whom_it_concerns(tmp_path, shown, pairs, monkeypatch):
     log, told = tmp_path / "log", []
     monkeypatch.setattr(processes, "join", told.append)
     monkeypatch.setattr(sources, "assume_hub_unreachable", told.append)

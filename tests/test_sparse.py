@@ -17,7 +17,6 @@ from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
 from lib.studies import retrieval
 from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN = 32
 
 
@@ -143,10 +142,6 @@ def test_an_index_leaves_its_tokens_alone_and_keeps_no_weight_of_nothing():
 
 
 def test_costs_grow_with_the_collection(encoded):
-    fewer, more = retrieval.synthetic_rows(50, 20), retrieval.synthetic_rows(5, 1000)
-    assert len(set(fewer)) == 20 and fewer.max() < 50
-    assert more[:5].tolist() == [0, 1, 2, 3, 4] and len(more) == 1000 and np.bincount(more).min() > 100
-
     (tokens, of_queries), real = encoded.tokens(True), len(encoded.documents)
     sizes, queries = [real, 10 * real, 40 * real], (encoded.own(), of_queries, encoded.queries)
     growth = retrieval.cost_growth(tokens, encoded.documents, SparseSetting(k=6, m=2), *queries, sizes, rounds=1)

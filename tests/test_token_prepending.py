@@ -26,8 +26,7 @@ def at(*places: int) -> Placement:
 
 
 @pytest.mark.parametrize("options", [
-    {"start": 3, "end": 3}, {"start": 4, "end": 3}, {"start": -1}, {"init": "gauss"}, {"place": "middle"}, {"count": 0},
-], ids=str)
+    {"start": 3, "end": 3}, {"start": -1}, {"init": "gauss"}, {"place": "middle"}, {"count": 0}], ids=str)
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match=str(list(options.values())[0])):
         TokenPrepending(**options)
@@ -52,8 +51,7 @@ def test_settings_with_equal_vectors_are_equal_and_hold_a_copy():
 
 
 @pytest.mark.parametrize("init, seed, expected", [
-    ("normal", 3407, torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(3407))),
-    ("normal", 7, torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(7))),
+    *(("normal", seed, torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(seed))) for seed in (3407, 7)),
     ("uniform", 3407, torch.rand(tiny.HIDDEN, generator=torch.Generator().manual_seed(3407))),
     ("zeros", 0, torch.zeros(tiny.HIDDEN)), ("ones", 0, torch.ones(tiny.HIDDEN)), ("space", 0, None),
     (torch.linspace(-1, 1, tiny.HIDDEN), 0, torch.linspace(-1, 1, tiny.HIDDEN)),
@@ -82,8 +80,7 @@ def test_an_error_leaves_no_hook(backbone, error, monkeypatch):
         monkeypatch.setattr(backbone.layers[2], "register_forward_pre_hook", fail)
     with pytest.raises(error), TokenPrepending(1, 3).attach(backbone, at(99 if error is IndexError else 3)):
         assert tiny.hook_ids(backbone.model) != hooks and error is not RuntimeError
-        read_states(backbone, PLAIN_IDS, [2], read=fail)
-    assert tiny.hook_ids(backbone.model) == hooks
+        read_states(backbone, PLAIN_IDS, [2], read=fail)  # that no hook is left, the fixture checks
 
 
 def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
@@ -160,11 +157,9 @@ def test_every_place_and_count_equals_the_loop(kind, place):
         assert_equals_loop(SentenceEncoder(backbone, "prompteol", tp), SENTENCES, [2, LAYERS])
 
 
-@pytest.mark.parametrize("template, count", [
-    ("In a word, {sentence} is about:", 1),
-    ('<PST> this sentence : <PST> "{sentence}" means in one word:"', 2),
-    ('This : <PST><PST> "{sentence}" means <PST> in one word:"', 3),
-])
+@pytest.mark.parametrize("template, count", {
+    "In a word, {sentence} is about:": 1, '<PST> this sentence : <PST> "{sentence}" means in one word:"': 2,
+    'This : <PST><PST> "{sentence}" means <PST> in one word:"': 3}.items())
 def test_templates_of_ones_own_with_placeholders_at_independent_positions(backbone, template, count):
     encoder = SentenceEncoder(backbone, Prompt("mine", (template,)), TokenPrepending(1, 3))
     assert_equals_loop(encoder, SENTENCES, [2, LAYERS])

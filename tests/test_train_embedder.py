@@ -19,8 +19,6 @@ from lib.data.sources import DATA, DataSource, EvaluationData, SampleDataWarning
 from lib.studies import train_embedder
 from lib.studies.train_embedder import Training, batches, info_nce, make_pairs, positive_pairs, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = Training(steps=6, pairs=4, tokens=128, first_block=2, rank=4, alpha=8, learning_rate=2e-2, sample_steps=2)
 TEXTS = [
     "A man plays the flute.", "Someone is playing a flute.", "The market fell on Tuesday.", "Stocks lost value.",

@@ -5,13 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny_models import LAYERS, SPARE_TOKEN, assert_same, hook_ids, loop_states, prompt_ids, tiny_backbone
+from tiny_models import LAYERS, SPARE_TOKEN, assert_same, loop_states, prompt_ids, tiny_backbone
 
 from lib.core.encoder import SentenceEncoder
 from lib.core.prompts import PROMPTS
 from lib.core.variants import Variant, closing_tokens
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SENTENCES = ["The plane takes off.", "Three children, who are cold, run across the snowy field.", "No."]
 PROMPT = PROMPTS["prompteol"]
@@ -21,9 +19,7 @@ CLOSING = 6  # tokens after the sentence
 VARIANTS = {
     "tp": (Variant(1, 3), (1, 2), ()),
     "nothing": (Variant(1, 3, write="nothing"), (), ()),
-    "mean": (Variant(1, 3, write="mean"), (1, 2), ()),
-    "older": (Variant(1, 3, write="older"), (1, 2), ()),
-    "same": (Variant(1, 3, write="same"), (1, 2), ()),
+    **{write: (Variant(1, 3, write=write), (1, 2), ()) for write in ("mean", "older", "same")},
     "resumed": (Variant(0, 2, resume=3), (0, 1, 3), ()),
     "hidden before": (Variant(1, 3, hide="before"), (1, 2), (0,)),
     "hidden after": (Variant(1, 3, hide="after"), (1, 2), (3,)),
@@ -64,12 +60,10 @@ def reference_change(name: str, place: int, last: int):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_variants_equal_a_plain_loop(name, share_prefix):
-    backbone, (variant, *_) = tiny_backbone(), VARIANTS[name]
-    hooks, layers = hook_ids(backbone.model), range(1, LAYERS + 1)
+def test_variants_equal_a_plain_loop(backbone, name, share_prefix):
+    (variant, *_), layers = VARIANTS[name], range(1, LAYERS + 1)
     assert closing_tokens(backbone, PROMPT) == CLOSING
     states = SentenceEncoder(backbone, PROMPT, variant, share_prefix=share_prefix).encode_layers(SENTENCES, layers)
-    assert hook_ids(backbone.model) == hooks
     for row, sentence in enumerate(SENTENCES):
         ids = prompt_ids(backbone, sentence, variant, PROMPT)
         change = reference_change(name, ids.index(SPARE_TOKEN), len(ids) - 1)
@@ -86,8 +80,7 @@ def test_variants_differ_from_each_other():
 
 
 @pytest.mark.parametrize("options", [
-    {"write": "first"}, {"hide": "always"}, {"open": "all"}, {"write": "older", "start": 0}, {"start": 3, "end": 3},
-], ids=str)
+    {"write": "first"}, {"hide": "always"}, {"open": "all"}, {"write": "older", "start": 0}], ids=str)
 def test_bad_variants_are_refused(options):
     with pytest.raises(ValueError):
         Variant(**options)

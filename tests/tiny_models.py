@@ -37,10 +37,7 @@ TOLERANCE = 2e-5
 # Of several lengths; none is cut, the longest is longer than the sliding windows, the third fits into one.
 SENTENCES = [
     "A man is playing a large flute on the street, and nobody who walks by that morning seems to hear him at all.",
-    "The plane takes off.",
-    "No.",
-    'She said "nothing at all" about it?',
-    "Three children run across the field!",
+    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!",
 ]
 
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -48,7 +45,7 @@ _COMMON = {**_IDS, "pad_token_id": 2, "hidden_size": HIDDEN, "num_hidden_layers"
 _LLAMA = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
 _GPT2 = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
 _OPT = {**_COMMON, "ffn_dim": 48, "max_position_embeddings": 256, "dropout": 0.0}
-_ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
 # family -> (model type of Transformers, configuration). The sliding windows are shorter than every prompt.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -58,17 +55,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 8}),
     "gemma": ("gemma", {**_LLAMA, "head_dim": 8}),
     "gemma2": ("gemma2", {
-        **_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING, "attn_implementation": "eager",
-        "query_pre_attn_scalar": 8,
-    }),
-    "gemma3": ("gemma3_text", {**_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+        **_LLAMA, **_ALTERNATING, "head_dim": 8, "attn_implementation": "eager", "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_LLAMA, **_ALTERNATING, "head_dim": 8}),
     "phi": ("phi", {**_LLAMA, "num_key_value_heads": 4}),
     "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
     "gpt2": ("gpt2", _GPT2),
     "gpt_neo": ("gpt_neo", {
         **_IDS, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4, "max_position_embeddings": 256,
-        "window_size": WINDOW, "attention_types": [[["global", "local"], LAYERS // 2]],
-    }),
+        "window_size": WINDOW, "attention_types": [[["global", "local"], LAYERS // 2]]}),
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 4}),
     "gpt_neox": ("gpt_neox", {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 256}),
     "opt": ("opt", {**_OPT, "word_embed_proj_dim": HIDDEN}),
@@ -85,11 +79,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 _CORPUS = [
-    "A man is playing a large flute on the street .",
-    "Three children, who are cold, run across the snowy field!",
+    "A man is playing a large flute on the street .", "Three children, who are cold, run across the snowy field!",
     "What does the woman say about the old house? \"Nothing at all.\"",
-    "The stock market fell by 3.5 percent on Tuesday, analysts said.",
-    "It's the dog's bone; it isn't the cat's.",
+    "The stock market fell by 3.5 percent on Tuesday, analysts said.", "It's the dog's bone; it isn't the cat's.",
     *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates),
 ]
 
@@ -109,10 +101,8 @@ def _trained(kind: str) -> str:
         special, alphabet = [BOS, EOS, PAD], pre_tokenizers.ByteLevel.alphabet()
     # Without pre-tokenisation whole sentences would become tokens, so the metaspace kind is trained on words.
     corpus = _CORPUS if kind != "metaspace" else [word for text in _CORPUS for word in text.split()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(corpus, trainer)
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
     trained = json.loads(core.to_str())  # the bytes need a place in the vocabulary, but are ordinary tokens
     trained["added_tokens"] = [token for token in trained["added_tokens"] if not token["content"].startswith("<0x")]
     return json.dumps(trained)
@@ -153,9 +143,7 @@ _copy = functools.lru_cache(maxsize=2)(copy.deepcopy)
 
 
 @torch.inference_mode()
-def loop_states(
-    backbone: Backbone, ids: list[int], writes=(), vector: torch.Tensor | None = None, check: bool = False, change=None
-) -> list[torch.Tensor]:
+def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, check=False, change=None) -> list:
     """All states of one unpadded prompt, by a loop over the blocks: `num_layers + 1` tensors (tokens, hidden).
 
     The model's own pass, on a copy, gives what each block is called with besides the states (masks, positions).

@@ -123,8 +123,9 @@ class Session:
             write_atomically(folder / file, content)
         self._section["artefacts"][file] = {"caption": caption, "results_read": len(self._section["results"])}
         others = json.loads(path.read_text()) if (path := folder / "provenance.json").exists() else {}
-        content = json.dumps({"about": ABOUT} | others | {self.notebook: self._section}, indent=1)
-        write_atomically(path, f"{content}\n".encode())
+        sections = ({"about": ABOUT} | others | {self.notebook: self._section}).items()  # a line each
+        content = ",\n".join(f"{json.dumps(name)}: {json.dumps(section)}" for name, section in sections)
+        write_atomically(path, f"{{\n{content}\n}}\n".encode())
         display(shown)
 
     def _remember(self, name: str, settings: dict, **about) -> None:

@@ -35,8 +35,9 @@ def load_settings(model: str, sample: bool = False, profile: str = "default") ->
     if not texts:
         raise FileNotFoundError(f"{files[0].name} is not there. Make it with: python -m lib.studies.layers {model}")
     prompts = {name: chosen for text in texts for name, chosen in yaml.safe_load(text)["prompts"].items()}
-    return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"], s.get("cp") and ContrastivePrompting(**s["cp"]))
-            for name, s in prompts.items()}
+    contrastive = {name: ContrastivePrompting(**found["cp"]) for name, found in prompts.items() if "cp" in found}
+    return {name: Setting(TokenPrepending(found["start"], found["end"]), found["exit"], contrastive.get(name))
+            for name, found in prompts.items()}
 
 
 def save_settings(model: str, prompts: dict, about: dict, sample: bool = False, profile: str = "default") -> Path:

@@ -1,8 +1,6 @@
 """Aligned tokens as a description of meaning (notebook 07): of similarity and relatedness, and of an asked aspect.
-
-Both claims are from arXiv 2406.17378, which shows them on examples. Here they are counted: on minimal pairs, on pairs
-with gold scores, and on the classes of transfer tasks, which are asked for with instructions that fit and with others.
-"""
+arXiv 2406.17378 shows both on examples. Here they are counted: on minimal pairs, on pairs with gold scores, and on the
+classes of transfer tasks, which are asked for with instructions that fit and with others."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -23,6 +21,7 @@ from lib.evaluation.sts import cosine
 from lib.evaluation.vocabulary import DEFAULT_RULE, token_classes
 
 HIGHEST = 10  # how many of an embedding's tokens count as its highest
+MEASURES = ("cosine", "overlap", "both")
 _DATA = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text(encoding="utf-8"))
 QUESTIONS, WORDS, TASKS, EFFECTS = (_DATA[name] for name in ("questions", "words", "tasks", "effects"))
 INSTRUCTIONS = {"no instruction": PROMPTS["prompteol"]}  # aspect asked for -> prompt
@@ -31,11 +30,9 @@ Encoders = dict[str, SentenceEncoder]
 
 
 def token_overlap(decoder: Backbone, first: np.ndarray, second: np.ndarray, layer: int, k: int) -> np.ndarray:
-    """Share of the k aligned tokens that the two texts of a pair have in common, float64 (pairs,), 0 to 1.
-
-    `first` and `second` are embeddings (pairs, hidden). Each token's mean logit over all these texts is subtracted
-    before the highest are taken, or the tokens that every text aligns to would decide.
-    """
+    """Share of the k aligned tokens that the two texts of a pair, embeddings (pairs, hidden), have in common: float64
+    (pairs,), 0 to 1. Each token's mean logit over all these texts is subtracted before the highest are taken, or the
+    tokens that every text aligns to would decide."""
     classes = token_classes(decoder.tokenizer, len(alignment.output_matrix(decoder)), DEFAULT_RULE)
     texts = np.concatenate([first, second])
     mean = alignment.mean_logits(alignment.logit_chunks(decoder, texts, layer, classes))
@@ -44,10 +41,8 @@ def token_overlap(decoder: Backbone, first: np.ndarray, second: np.ndarray, laye
 
 
 def pair_similarities(encoders: Encoders, decoder: Backbone, data: dict[str, EvaluationData], k: int) -> pd.DataFrame:
-    """Similarities of pairs with gold scores, each data set (task) under each encoder (method).
-
-    Returns columns method, task, item, gold, cosine, overlap (of k aligned tokens) and both (the sum of their ranks).
-    """
+    """Similarities of pairs with gold scores, each data set (task) under each encoder (method): columns method, task,
+    item, gold, cosine, overlap (of k aligned tokens) and both (the sum of their ranks)."""
     tables = []
     for (method, encoder), (task, pairs) in product(encoders.items(), data.items()):
         sides = np.split(encoder.encode([*pairs["sentence1"], *pairs["sentence2"]]), 2)
@@ -58,10 +53,11 @@ def pair_similarities(encoders: Encoders, decoder: Backbone, data: dict[str, Eva
 
 
 def similarity_scores(pairs: pd.DataFrame, draws: int = 1000, statistic: Statistic = SPEARMAN) -> pd.DataFrame:
-    """Spearman x 100 of each measure with gold: task, method, measure, and what `compare` gives against cosine."""
+    """The statistic (Spearman x 100 with gold) of each of `MEASURES` that is a column: task, method, measure, and what
+    `compare` gives against cosine."""
     tables = []
     for method, of in pairs.groupby("method", sort=False):
-        measures = {(method, name): of.assign(similarity=of[name]) for name in ("cosine", "overlap", "both")}
+        measures = {(method, name): of.assign(similarity=of[name]) for name in MEASURES if name in of}
         tables.append(compare(measures, statistic, (method, "cosine"), draws=draws))
     return _split_run(pd.concat(tables), ["method", "measure"], pairs["task"].unique())
 
@@ -80,11 +76,9 @@ def similarity_gaps(pairs: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
 
 
 def minimal_pairs(encoders: Encoders, decoder: Backbone, pairs: pd.DataFrame, k: int) -> pd.DataFrame:
-    """Every minimal pair (`lib.data.texts.load_minimal_pairs`) under each encoder.
-
-    Returns the pairs' columns, and method, cosine, overlap (of k tokens); changed and shared: of the tokens that only
-    one of the two sentences has, and of those that both have, the share among the `HIGHEST`; missing if there are none.
-    """
+    """Every minimal pair (`lib.data.texts.load_minimal_pairs`) under each encoder. Returns the pairs' columns, and
+    method, cosine, overlap (of k tokens); changed and shared: of the tokens that only one of the two sentences has, and
+    of those that both have, the share among the `HIGHEST`; missing if there are none."""
     tables, texts = [], [*pairs["sentence1"], *pairs["sentence2"]]
     for method, encoder in encoders.items():
         embeddings, layer = encoder.encode(texts), encoder.exit_layer
@@ -101,15 +95,11 @@ def minimal_pairs(encoders: Encoders, decoder: Backbone, pairs: pd.DataFrame, k:
 
 def separation(found: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """How often the pair of `minimal_pairs` that should be higher is: the area under the ROC curve, 0.5 is chance.
-
-    Returns columns task (of `QUESTIONS`), method, measure, value, low, high.
-    """
+    Columns task (of `QUESTIONS`), method, measure, value, low, high."""
     asked = [found.assign(task=asks, positive=found["kind"].map(kinds)) for asks, kinds in QUESTIONS.items()]
     asked = pd.concat(asked).dropna(subset="positive").astype({"positive": bool})
     asked["item"] = asked.groupby(["method", "task"]).cumcount()
-    runs = {(method, measure): of.assign(similarity=of[measure])
-            for method, of in asked.groupby("method", sort=False) for measure in ("cosine", "overlap")}
-    return _split_run(compare(runs, area_under_roc, draws=draws), ["method", "measure"], list(QUESTIONS))
+    return similarity_scores(asked, draws, area_under_roc)[["task", "method", "measure", "value", "low", "high"]]
 
 
 def _split_run(table: pd.DataFrame, names: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
@@ -120,10 +110,8 @@ def _split_run(table: pd.DataFrame, names: Sequence[str], tasks: Sequence[str]) 
 
 
 def class_scores(decoder: Backbone, states: np.ndarray, layer: int, classes: Sequence[str], words=WORDS) -> np.ndarray:
-    """The mean logit of each class's words for embeddings (texts, hidden): float32 (texts, classes).
-
-    Words count with and without a leading space where they are one token. `ValueError` if a class has no such word.
-    """
+    """The mean logit of each class's words for embeddings (texts, hidden): float32 (texts, classes). Words count with
+    and without a leading space where they are one token. `ValueError` if a class has no such word."""
     logits, scores = alignment.decode_logits(decoder, states, layer), []
     for name in classes:
         texts = [space + word for word in words[name] for space in ("", " ")]
@@ -140,11 +128,9 @@ def instruction_answers(encoders: Encoders, data: dict[str, EvaluationData], wor
 
     `encoders` have the prompt of each aspect of `INSTRUCTIONS`; `data` are tasks of `TASKS` with texts and labels.
     Returns columns measure, instruction (fitting, wrong, no instruction), task, item, and found: 100 or 0, for wrong
-    the mean over the instructions that do not fit. Of the measures, `zero-shot` takes the class with the highest of
-    `class_scores`. `calibrated` subtracts each class's mean score over the texts before: it uses no label, but it does
-    use that other texts are there. `linear` is a logistic regression (L2, C = 1, standardised features) on the
-    embeddings, trained on the four other fifths.
-    """
+    the mean over the instructions that do not fit. `zero-shot` takes the class with the highest of `class_scores`.
+    `calibrated` subtracts each class's mean over the texts before: it needs no label, but other texts. `linear` is a
+    logistic regression (L2, C = 1, standardised features) on the embeddings, trained on the four other fifths."""
     tables, folds = [], model_selection.KFold(5, shuffle=True, random_state=0)
     linear = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=1000))
     for (task, texts), (aspect, encoder) in product(data.items(), encoders.items()):
@@ -160,20 +146,16 @@ def instruction_answers(encoders: Encoders, data: dict[str, EvaluationData], wor
 
 
 def instruction_accuracy(answers: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """Accuracy x 100 of `instruction_answers` with a column variant (baseline, TP) added, by task and on average.
-
-    Returns columns task (the last is Avg), measure, instruction, variant, value, low, high.
-    """
+    """Accuracy x 100 of `instruction_answers` with a column variant (baseline, TP) added: columns task (the last is
+    Avg), measure, instruction, variant, value, low, high."""
     names = ["measure", "instruction", "variant"]
     table = compare(dict(list(answers.groupby(names, sort=False))), mean_of("found"), draws=draws)
     return _split_run(table, names, table["task"].unique())
 
 
 def instruction_effects(answers: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """The differences of accuracy x 100 of `EFFECTS`, paired by text; `answers` as of `instruction_accuracy`.
-
-    Returns columns measure, effect, task (the last is Avg), difference, difference_low, difference_high.
-    """
+    """The differences of accuracy x 100 of `EFFECTS`, paired by text; `answers` as of `instruction_accuracy`. Columns
+    measure, effect, task (the last is Avg), difference, difference_low, difference_high."""
     runs, tables = dict(list(answers.groupby(["measure", "instruction", "variant"], sort=False))), {}
     for measure, (effect, (this, other)) in product(answers["measure"].unique(), EFFECTS.items()):
         pair = {"this": runs[measure, *this], "other": runs[measure, *other]}

@@ -1,4 +1,4 @@
-"""What each method of the papers costs (notebook 05): how work is counted and time is measured, and tables of both."""
+"""What each method of the papers costs (notebook 05): how work is counted and time measured, and tables of both."""
 
 import gc
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -50,11 +51,9 @@ GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name
 
 
 def measure(paths: dict[Hashable, Callable[[], object]], rounds: int = 3) -> dict[Hashable, list[float]]:
-    """Time several functions in turn, A B C, C B A, A B C ..., so that a machine that slows down slows them all.
-
-    Returns name -> seconds of each round. Compare medians as ratios; absolute seconds say little about another machine.
-    """
-    seconds: dict[Hashable, list[float]] = {name: [] for name in paths}
+    """Seconds of each round of several functions, timed in turn, A B C, C B A, ..., so that a machine that slows down
+    slows them all. Compare medians as ratios; absolute seconds say little about another machine."""
+    seconds = {name: [] for name in paths}
     for i in range(rounds):
         gc.collect()
         for name in list(paths)[:: -1 if i % 2 else 1]:
@@ -74,10 +73,8 @@ def ratio_quartiles(seconds: Sequence[float], reference: Sequence[float] | float
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and attention in one call of `run`, as torch counts them.
-
-    Attention is every query with every key, in torch's list on CUDA and here on the CPU too; a causal kernel does half.
-    """
+    """Floating-point operations of matrix products and attention in one call of `run`, as torch counts them: attention
+    as every query with every key, on CUDA by torch's own list and here on the CPU too. A causal kernel does half."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     added = {kernel: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     with FlopCounterMode(display=False, custom_mapping=added) as counter:
@@ -123,17 +120,6 @@ def peak_memory(device: torch.device):
     result["bytes"] = int(max(np.cumsum(changes), default=0))
 
 
-def time_by_group(runs: dict[str, Callable[[], object]]) -> pd.DataFrame:
-    """Profile one call of each run: columns run, group (of `OPERATIONS`, `PYTHON` or `OTHER`), share of CPU time."""
-    shares = {}
-    for name, run in runs.items():
-        run()  # warm-up
-        with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler, record_function(PYTHON):
-            run()
-        shares[name] = group_shares({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
-    return pd.concat(shares, names=["run", "group"]).rename("share").reset_index()
-
-
 def group_shares(events: dict[str, float]) -> pd.Series:
     """Operation -> own time, as group -> share of the whole; own time of `PYTHON` is what no operation accounts for."""
     times = pd.Series(events, dtype=float).groupby(lambda name: GROUPS.get(name, OTHER)).sum()
@@ -142,9 +128,8 @@ def group_shares(events: dict[str, float]) -> pd.Series:
 
 def pareto_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     """Which points no other one beats: none is at most as costly and at least as good, and better in one of the two."""
-    cost, quality = np.asarray(cost), np.asarray(quality)
-    as_good = (cost <= cost[:, None]) & (quality >= quality[:, None])
-    better = (cost < cost[:, None]) | (quality > quality[:, None])
+    points = np.column_stack([cost, np.negative(quality)])
+    as_good, better = (points <= points[:, None]).all(axis=2), (points < points[:, None]).any(axis=2)
     return ~(as_good & better).any(axis=1)
 
 
@@ -163,31 +148,25 @@ class Contender:
 
 
 def contenders(names: Iterable[str], settings: dict[str, Setting], one_by_one: bool) -> list[Contender]:
-    """What is compared in the paper's protocol (one by one) and in practice.
-
-    The paper's has every method, and with TP where there is a setting, all read at PromptEOL's exit layer. In practice
-    every method is read at the last layer, and where there is a setting at its exit layer, without and with TP. Raises
-    `ValueError` if PromptEOL, to which all times are ratios, is not among the names.
-    """
+    """What is compared in the paper's protocol (one by one) and in practice. The paper's has every method, and with TP
+    where there is a setting, all read at PromptEOL's exit layer. In practice every method is read at the last layer,
+    and where there is a setting at its exit layer, without and with TP. Raises `ValueError` if PromptEOL, to which all
+    times are ratios, is not among the names."""
     if REFERENCE not in (names := list(names)):
         raise ValueError(f"Costs are ratios to {REFERENCE}, which is not among the methods: {', '.join(names)}.")
     rows, layer = [], settings[REFERENCE].exit_layer
     for name in names:
-        own = settings.get(name)
-        if one_by_one:
-            rows += [Contender(name, BASELINE, layer), own and Contender(name, TP, layer, own.method)]
-        else:
-            same = own and Contender(name, SAME, own.exit_layer)
-            rows += [Contender(name, LAST, -1), same, same and replace(same, variant=TP_EXIT, method=own.method)]
-    return [row for row in rows if row]
+        rows.append(Contender(name, BASELINE, layer) if one_by_one else Contender(name, LAST, -1))
+        if own := settings.get(name):
+            exit_layer, variants = (layer, (TP,)) if one_by_one else (own.exit_layer, (SAME, TP_EXIT))
+            rows += [Contender(name, of, exit_layer, None if of == SAME else own.method) for of in variants]
+    return rows
 
 
 def prepared(encoder: SentenceEncoder, sentences: list[str], one_by_one: bool) -> Callable[[], np.ndarray]:
-    """What is timed: a function that embeds the sentences, float32 (sentences, hidden).
-
-    One by one, the paper's protocol, it finds the token ids, and the keys and values of the prompt's prefix, at hand,
-    and gives the distinct sentences, longest first, template after template.
-    """
+    """What is timed: a function that embeds the sentences, float32 (sentences, hidden). One by one, the paper's
+    protocol, it finds the token ids, and the keys and values of the prompt's prefix, at hand, and gives the distinct
+    sentences, longest first, template after template."""
     if not one_by_one:
         return partial(encoder.encode, sentences, show_progress_bar=False)
     work, layer = [], encoder.exit_layer
@@ -201,13 +180,10 @@ def prepared(encoder: SentenceEncoder, sentences: list[str], one_by_one: bool) -
 def run_methods(
     backbone: Backbone, rows: list[Contender], sentences: list[str], rounds: int, one_by_one: bool, threads: int = 0
 ) -> pd.DataFrame:
-    """Time all rows in one interleaved run, each round with the machine's matmul peak beside them.
-
-    `threads`, how many torch uses, changes nothing here, but makes a stored time one of this machine.
-
-    Returns a row per method and round: method, variant, layer, round, seconds, peak (operations/s), and, the same in
-    each round, sentences, tokens and flops (of all sentences, counted during the warm-up), memory (bytes).
-    """
+    """Time all rows in one interleaved run, each round with the machine's matmul peak beside them. Returns a row per
+    method and round: method, variant, layer, round, seconds, peak (operations/s), and, the same in each round,
+    sentences, tokens and flops (of all sentences, counted during the warm-up), memory (bytes). `threads`, how many
+    torch uses, changes nothing here, but makes a stored time one of this machine."""
     calls, counted, peaks = {}, {}, []
     for row in rows:
         encoder = row.encoder(backbone)
@@ -226,10 +202,17 @@ def run_methods(
 
 
 def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many: list[str]) -> pd.DataFrame:
-    """`time_by_group` of each row, with the sentences `few` one by one and with `many` in batches; run names both."""
-    calls = {f"{way}, {row.variant}": prepared(row.encoder(backbone), texts, way == "one by one")
-             for way, texts in (("one by one", few), ("batched", many)) for row in rows}
-    return time_by_group(calls)
+    """Profile one call of each row, with the sentences `few` one by one and with `many` in batches: columns run (naming
+    both), group (of `OPERATIONS`, `PYTHON` or `OTHER`) and share of the CPU time."""
+    shares = {}
+    for (way, texts), row in product({"one by one": few, "batched": many}.items(), rows):
+        run = prepared(row.encoder(backbone), texts, way == "one by one")
+        run()  # warm-up
+        with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler, record_function(PYTHON):
+            run()
+        events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+        shares[f"{way}, {row.variant}"] = group_shares(events)
+    return pd.concat(shares, names=["run", "group"]).rename("share").reset_index()
 
 
 def gpu_results() -> list[tuple[dict, dict[str, pd.DataFrame]]]:
@@ -239,20 +222,18 @@ def gpu_results() -> list[tuple[dict, dict[str, pd.DataFrame]]]:
 
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: work per sentence, time as a ratio to PromptEOL's first variant in the same round.
-
-    The quartiles are over the rounds, `share of peak` is the median of operations/s over the matmul peak.
-    """
-    runs = runs.assign(share=runs["flops"] / runs["seconds"] / runs["peak"])
-    groups = dict(list(runs.groupby(["method", "variant"], sort=False)))
-    reference = next(own["seconds"] for (name, _), own in groups.items() if name == REFERENCE)
-    one = runs.drop_duplicates(["method", "variant"], ignore_index=True)
-    each = one[["tokens", "flops"]].div(one["sentences"], axis=0)
-    table = one[["method", "variant", "layer"]]
-    table[["tokens / sentence", "GFLOP / sentence"]] = each / [1, 1e9]
-    table[TIMES] = [ratio_quartiles(own["seconds"], reference) for own in groups.values()]
-    table["share of peak"] = [own["share"].median() for own in groups.values()]
-    return table.assign(**{"peak MB": one["memory"] / 1e6})
+    """One row per method: work per sentence, and time as a ratio to PromptEOL's first variant in the same round, with
+    quartiles over the rounds. `share of peak` is the median of operations/s over the matmul peak."""
+    runs = runs.assign(**{
+        "tokens / sentence": runs["tokens"] / runs["sentences"], "peak MB": runs["memory"] / 1e6,
+        "GFLOP / sentence": runs["flops"] / runs["sentences"] / 1e9,
+        "share of peak": runs["flops"] / runs["seconds"] / runs["peak"],
+    })
+    groups = runs.groupby(["method", "variant"], sort=False)
+    reference = next(own["seconds"] for (name, _), own in groups if name == REFERENCE)
+    table = groups[["layer", "tokens / sentence", "GFLOP / sentence"]].first()
+    table[TIMES] = [ratio_quartiles(own["seconds"], reference) for _, own in groups]
+    return table.assign(**groups.agg({"share of peak": "median", "peak MB": "first"})).reset_index()
 
 
 def overhead(runs: pd.DataFrame, tp: str = TP, base: str = BASELINE) -> pd.DataFrame:

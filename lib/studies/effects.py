@@ -1,7 +1,5 @@
-"""What notebooks 01 and 02 say about TP's effect: a prompt's variants beside each other, TP's ends beside the best.
-
-Nothing here runs a model. The tables of items come from `lib.evaluation`, the statistics from its `intervals`.
-"""
+"""What notebooks 01 and 02 say about TP's effect, from tables of items that `lib.evaluation` made: a prompt's variants
+beside each other, and TP's ends beside the best."""
 
 from collections.abc import Callable
 
@@ -13,11 +11,8 @@ from lib.evaluation.intervals import compare, wide
 def compare_variants(
     runs: dict[str, dict[str, pd.DataFrame]], statistic: Callable, reference: str | None = None, draws: int = 10_000
 ) -> pd.DataFrame:
-    """Every variant of every prompt (baseline, TP, …) with its interval, and beside the reference of the same prompt.
-
-    `runs` are prompt -> variant -> table of items at one layer. A prompt without the variant `reference` gets no
-    differences. Returns columns prompt, variant, layer and those of `compare` without run.
-    """
+    """Every variant (baseline, TP, …) of every prompt, beside the variant `reference` of that prompt where it has it.
+    `runs`: prompt -> variant -> table of items at one layer. Columns prompt, variant, layer and those of `compare`."""
     tables = []
     for prompt, variants in runs.items():
         table = compare(variants, statistic, reference if reference in variants else None, draws=draws)
@@ -52,11 +47,9 @@ def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callab
 
 
 def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
-    """How each end of TP (end -> table of items) scores, and how it differs from the best, over the tasks' average.
-
-    Returns columns end, value, low, high and, against the best end on the same resamples, difference (0 or less),
-    difference_low, difference_high. Where difference_high is below 0, the end is worse as far as the data can tell.
-    """
+    """How each end of TP (end -> table of items) scores over the tasks' average: columns end, value, low, high and,
+    against the best end on the same resamples, difference (0 or less), difference_low, difference_high. Where
+    difference_high is below 0, the end is worse as far as the data can tell."""
     scores = overall(compare(runs, statistic, draws=0))
     table = overall(compare(runs, statistic, scores.loc[scores["value"].idxmax(), "run"], draws=draws))
     return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)

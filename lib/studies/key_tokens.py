@@ -1,9 +1,7 @@
 """The key tokens of embeddings, and the one direction in which an embedder leaves its backbone (notebook 04).
-
 Source: arXiv 2406.17378 and its official code. They find that most of what separates an embedder from its backbone lies
 in the first component of the backbone's *uncentred* embeddings. Logits are linear only in what the unembedding reads,
-so every spectrum here is one of last-layer embeddings.
-"""
+so every spectrum here is one of last-layer embeddings."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -31,12 +29,10 @@ def key_token_scores(
     encoders: Encoders, decoder: Backbone, texts: Sequence[str], rules: Sequence[str] = (MERGED, CONTENT),
     layers: Sequence[int] = (-1,), ks: Sequence[int] = (10,), reference: Hashable | None = None, draws: int = 1000,
 ) -> pd.DataFrame:
-    """How well embeddings of texts align to the tokens of these texts, for every counting rule and layer.
-
-    `decoder` is the backbone whose unembedding decodes the embeddings of all encoders, `rules` are names in `RULES`,
-    `layers` in Hugging Face's numbering, and the rest is as in `alignment_scores`. Returns columns rule, layer (0 to
-    num_layers) and those of `alignment_scores`. Metrics under `CONTENT` are named so, as in `LAR, content words`.
-    """
+    """How well embeddings align to the tokens of their own texts, for every counting rule and layer. The unembedding of
+    `decoder` decodes the embeddings of all encoders, `rules` are names in `RULES`, `layers` in Hugging Face's
+    numbering, and the rest is as in `alignment_scores`, whose columns follow rule and layer (0 to num_layers). Metrics
+    under `CONTENT` are named so, as in `LAR, content words`."""
     index, tables = [decoder.layer_index(n) for n in layers], {}
     states = {run: encoder.encode_layers(texts, index) for run, encoder in encoders.items()}
     for rule, layer in product(rules, index):
@@ -53,10 +49,9 @@ def gain_relation(
     """Whether an STS pair whose sentences gain in alignment also gains in STS, from the first encoder to the others.
 
     A pair gains in LAR by the mean change of its two sentences' LAR, and in STS by how much nearer the rank of its
-    similarity comes to the rank of its gold score, in percent of all ranks. Pairs with a sentence in which no token
-    counts have no LAR and are left out. Returns a row per variant and layer: variant, layer; gain in LAR and gain in
-    STS, means over pairs; spearman of the two gains x 100, with its 95 % bootstrap interval over pairs low, high.
-    """
+    similarity comes to that of its gold score, in percent of all ranks. Pairs with a sentence without tokens have no
+    LAR and are left out. Returns columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman
+    of the two gains x 100 with low and high, its 95 % bootstrap interval over pairs."""
     sentences, before, rows = [*data["sentence1"], *data["sentence2"]], {}, []
     for variant, encoder in encoders.items():
         for layer, states in encoder.encode_layers(sentences, [decoder.layer_index(n) for n in layers]).items():
@@ -78,10 +73,9 @@ class Spectrum:
     """How an embedder's embeddings of some texts differ from an encoder's, along the encoder's principal components.
 
     `first` is u_1 (see `principal_components`) and `mean` the encoder's mean embedding, both float64 (hidden,); `v1` is
-    the mean change along u_1. `variation` has a row per component: component (from 1); variation: v_i, the mean change
-    along it; deviation: its standard deviation over texts; share: part of the squared norm of the mean change that lies
-    in it; share_each: part of the summed squared norms of the texts' own changes.
-    """
+    the mean change along u_1. Columns of `variation`: component (from 1); variation: v_i, the mean change along it;
+    deviation: its standard deviation over texts; share: part of the squared norm of the mean change that lies in it;
+    share_each: part of the summed squared norms of the texts' own changes."""
 
     first: np.ndarray
     v1: float
@@ -108,11 +102,9 @@ class Spectrum:
 
 
 def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, k: int = 10) -> pd.DataFrame:
-    """The k highest logits of a state (hidden,), split into the part along a unit vector (hidden,) and the rest.
-
-    A bias of the unembedding (GPT-J, Phi) counts to the rest. Returns id, token, logit, along and rest.
-    Raises `ValueError` if the logits are not linear in the state (the head of a masked model, as BERT's).
-    """
+    """The k highest logits of a state (hidden,), split into the part along a unit vector (hidden,) and the rest, with a
+    bias of the unembedding (GPT-J, Phi): columns id, token, logit, along, rest. `ValueError` if the logits are not
+    linear in the state (the head of a masked model, as BERT's)."""
     if not hasattr(backbone.unembedding, "weight"):
         raise ValueError(f"The logits of {backbone.name} are not linear in its states, so they have no such parts.")
     table = aligned_tokens(backbone, state[None], k=k).drop(columns="text")
@@ -122,11 +114,9 @@ def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, 
 
 
 def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes: Sequence[int]) -> pd.DataFrame:
-    """The first component from the first N texts, uncentred and centred: how much of the change to `target` lies in it.
-
-    `states` (by method) and `target`, the embedder's, are embeddings (texts, hidden). Returns columns method, N,
-    centred, v_1, share, share_each (see `Spectrum`), and cosine with the uncentred first component of all texts.
-    """
+    """How much of the change from `states` (by method) to `target`, the embedder's, all embeddings (texts, hidden),
+    lies in the first component from the first N texts, uncentred and centred. Columns method, N, centred, v_1, share,
+    share_each (see `Spectrum`), and cosine with the uncentred first component of all texts."""
     rows = []
     for method, embeddings in states.items():
         whole, _ = principal_components(embeddings)
@@ -151,11 +141,9 @@ def shift_study(
 def adjustments(
     encoders: Encoders, spectra: Spectra, decoder: Backbone, data: EvaluationData, draws: int = 1000
 ) -> pd.DataFrame:
-    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`.
-
-    Returns columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference, difference_low and
-    difference_high, against embeddings without adjustment.
-    """
+    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`:
+    columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference, difference_low and
+    difference_high, against embeddings without adjustment."""
     tables = []
     for method, spectrum in spectra.items():
         ways = {"none": None, "shifted by v_1": spectrum.shift(), "mean subtracted": MeanRemoved(spectrum.mean),

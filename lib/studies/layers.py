@@ -1,6 +1,5 @@
 """Notebook 03: where Token Prepending should start, end and be read, what its effect hangs on, and what a sentence's
-tokens know of what comes after them. `python -m lib.studies.layers MODEL` chooses a model's settings on STS-B dev.
-"""
+tokens know of what comes after them. `python -m lib.studies.layers MODEL` chooses a model's settings on STS-B dev."""
 
 import argparse
 from collections import namedtuple
@@ -10,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import nan
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 import torch
@@ -28,43 +28,47 @@ from lib.data.sts import dev_task, load_sts
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report.paper import read_paper
 from lib.report.settings import save_settings, settings_file
+from lib.studies.methods import search_contrastive
 
 # The search's first round tries these spans on few pairs, the second the best of them and the baseline on all pairs.
-# No span starts late: there the score hangs on the placeholder's random vector (notebook 03), so the choice is luck.
-SPANS, COARSE_SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (2, 3), (2, 6)), ((1, 2), (1, 8))
-FIRST_PAIRS, FINALISTS, FEWEST_PAIRS = 60, 2, 3
+# A span that starts at block 2 or later hangs on the placeholder's random vector (notebook 03), so its score is the mean
+# over several: luck is not chosen.
+SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (0, 3), (2, 3), (2, 5))
+COARSE_SPANS = ((1, 2), (1, 8))
+SEEDS = (3407, 1, 2, 3, 4)
+FIRST_PAIRS, FINALISTS, FEWEST_PAIRS, CP_PAIRS = 60, 2, 3, 100
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
 def score_spans(
-    backbone: Backbone, prompt: str, spans: Iterable[tuple], data: EvaluationData, layers: Sequence[int], store=None
+    backbone: Backbone, prompt: str, spans: Iterable[tuple], data: EvaluationData, layers: Sequence[int], store=None,
+    seeds: Sequence[int] = SEEDS[:1],
 ) -> pd.DataFrame:
-    """Spearman x 100 of the baseline and of TP with these spans (start, end) at each layer, on STS pairs.
-
-    One pass serves all layers, which are in Hugging Face's numbering. Returns columns prompt, start, end (both -1 for
-    the baseline), exit_layer, value, difference (from the baseline at the same layer) and pairs (how many).
-    """
+    """Spearman x 100 of the baseline and of TP with these spans (start, end) on STS pairs, at layers in Hugging Face's
+    numbering, all from one pass; from start 2 on the mean over `seeds`. Columns prompt, start, end (both -1 for the
+    baseline), exit_layer, value, difference (from the baseline at the same layer) and pairs (how many)."""
     rows, baseline = [], {}
     for start, end in [(-1, -1), *spans]:
-        method = TokenPrepending(start, end) if end > 0 else None
-        pairs = sts_pairs(SentenceEncoder(backbone, prompt, method, store=store), {data.name: data}, layers)
+        drawn = seeds if start > 1 else seeds[:1]
+        methods = [TokenPrepending(start, end, seed=seed) for seed in drawn] if end > 0 else [None]
+        encoders = [SentenceEncoder(backbone, prompt, method, store=store) for method in methods]
+        tables = [sts_pairs(encoder, {data.name: data}, layers) for encoder in encoders]
+        pairs = pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run")
         for layer, of in pairs.groupby("layer"):
-            value = spearman(of["gold"], of["similarity"])
-            rows.append((prompt, start, end, layer, value, value - baseline.setdefault(layer, value), len(of)))
+            value = mean(spearman(run["gold"], run["similarity"]) for _, run in of.groupby("run"))
+            rows.append((prompt, start, end, layer, value, value - baseline.setdefault(layer, value), len(data)))
     return pd.DataFrame(rows, columns=["prompt", "start", "end", "exit_layer", "value", "difference", "pairs"])
 
 
 def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | None, store=None) -> pd.DataFrame:
-    """`score_spans` of the search's second round: on the first `pairs` of `data`, at the last third of the layers.
-
-    A prompt of many templates costs as many passes, so its search is coarser: two spans, the first round's pairs only.
-    """
+    """`score_spans` of the search's second round: on the first `pairs` of `data`, at the last third of the layers. A
+    prompt of many templates costs as many passes: two spans are tried, on the first round's pairs only."""
     last, coarse = backbone.num_layers, len(get_prompt(prompt).templates) > 2
     layers, few = range(last - last // 3, last + 1), data.first(min(FIRST_PAIRS, pairs or FIRST_PAIRS))
     tried = [span for span in (COARSE_SPANS if coarse else SPANS) if span[1] <= last]
-    first = score_spans(backbone, prompt, tried, few, layers, store).query("end > 0")
+    first = score_spans(backbone, prompt, tried, few, layers, store, SEEDS).query("end > 0")
     finalists = first.groupby(["start", "end"])["value"].max().nlargest(FINALISTS).index
-    return score_spans(backbone, prompt, finalists, few if coarse else data.first(pairs), layers, store)
+    return score_spans(backbone, prompt, finalists, few if coarse else data.first(pairs), layers, store, SEEDS)
 
 
 def best(scores: pd.DataFrame) -> pd.Series:
@@ -76,30 +80,33 @@ def best(scores: pd.DataFrame) -> pd.Series:
 
 
 def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | None, store=None) -> dict:
-    """The best setting of a prompt, with the scores that it was chosen by and those of the baseline."""
+    """The best setting of a prompt, with the scores that it was chosen by and those of the baseline, and of a prompt
+    of one or two templates also that of Contrastive Prompting at the same layer, on `CP_PAIRS` pairs."""
     scores = search(backbone, prompt, data, pairs, store)
     chosen, baseline = (best(scores[rows]).to_dict() for rows in (scores["end"] > 0, scores["end"] < 0))
-    return {
+    found = {
         "start": chosen["start"], "end": chosen["end"], "exit": chosen["exit_layer"],
-        "dev_tp": round(chosen["value"], 2),
-        "dev_baseline_same_exit": round(chosen["value"] - chosen["difference"], 2),
+        "dev_tp": round(chosen["value"], 2), "dev_baseline_same_exit": round(chosen["value"] - chosen["difference"], 2),
         "dev_baseline_best": round(baseline["value"], 2), "dev_baseline_best_exit": baseline["exit_layer"],
         "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch."),
     }
+    if len(get_prompt(prompt).templates) > 2:
+        return found
+    few = data.first(min(CP_PAIRS, pairs or CP_PAIRS))
+    contrastive = search_contrastive(backbone, prompt, chosen["exit_layer"], few, store)
+    [cp] = contrastive.nlargest(1, "value").to_dict("records")
+    return found | {"dev_cp": round(cp.pop("value"), 2), "cp": cp}
 
 
 def choose(backbone: Backbone, prompts: Iterable[str], pairs: int | None = 500, store=None, profile="default") -> Path:
-    """Search every prompt on the first `pairs` STS-B dev pairs, and write its setting as soon as it is found.
-
-    Settings found on sample data go to the folder of `profile` under `runs/`. Of several processes the main one writes,
-    and the others wait for it. Returns the file. `ValueError` for fewer than three pairs.
-    """
+    """Search every prompt on the first `pairs` STS-B dev pairs, write its setting as soon as it is found, on sample
+    data to the folder of `profile` under `runs/`, and return the file. Of several processes the main one writes, and
+    the others wait for it. `ValueError` for fewer than three pairs."""
     if pairs is not None and pairs < FEWEST_PAIRS:
         raise ValueError(f"A correlation, by which settings are chosen, needs {FEWEST_PAIRS} pairs; got {pairs}.")
     source, data = find_source(), load_sts(dev_task(), "dev")
     about = {
-        "model": backbone.name,
-        "revision": backbone.revision,
+        "model": backbone.name, "revision": backbone.revision,
         "numbering": "start, end: 0-based blocks, end not included; exit: Hugging Face's state, last after final norm",
         "chosen_by": f"highest Spearman x 100 on dev_pairs pairs of {data.name} dev ({source.label}), the first of its "
         f"permutation; tried first on {FIRST_PAIRS} of them, the best {FINALISTS} spans again on all",
@@ -118,11 +125,8 @@ Row = namedtuple("Row", "family label prompt method paper")
 
 
 def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: Iterable[int]) -> list[Row]:
-    """TP itself, the baseline, and TP with one thing changed, as `ablations.yaml` has it, with the span of `tp`.
-
-    Rows that the prompt's wording or the model's depth does not allow are left out. Source: arXiv 2412.11556, section 5
-    and appendix A.
-    """
+    """TP itself, the baseline, and TP with one thing changed, as `ablations.yaml` has it, with the span of `tp`. Rows
+    that the prompt's wording or the model's depth forbids are left out (arXiv 2412.11556, section 5 and appendix A)."""
     name, template, depth, fields = prompt.name, prompt.templates[0], backbone.num_layers, asdict(tp)
     asked = "method == @name and metric == 'spearman_x100' and task == 'Avg' and (tp or variant != '')"
     published = read_paper("a5_ablations").query(asked).set_index("variant")["value"].to_dict()
@@ -148,12 +152,9 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
 
 
 def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd.DataFrame:
-    """Spearman x 100, over the hidden dimensions, of each token's state with the last token's at the exit layer.
-
-    Only tokens of the sentence count, not the prompt's own. Source: arXiv 2412.11556, section 5.9, which reads a rise
-    under TP as a stronger dependency on later context. Returns columns sentence (its place), token (its place in the
-    sentence) and correlation. Raises `FloatingPointError` if a state is not finite.
-    """
+    """Spearman x 100, over the hidden dimensions, of each sentence token's state with the last token's at the exit
+    layer; arXiv 2412.11556, section 5.9, reads a rise under TP as a stronger dependency on later context. Columns
+    sentence and token (their places) and correlation. `FloatingPointError` if a state is not finite."""
     layer, rows = encoder.exit_layer, []
     for number, sentence in enumerate(sentences):
         batch, span, attached = _one(encoder, sentence)
@@ -166,10 +167,8 @@ def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd
 
 def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd.DataFrame:
     """The share of its attention that each sentence token gives to the placeholder in each block, mean over the heads.
-
     Needs an encoder whose method has one placeholder. Returns columns sentence, block (0-based), token (its place in
-    the sentence), text and share (0 to 1). Raises `FloatingPointError` if a share is not finite: the pass overflowed.
-    """
+    the sentence), text and share (0 to 1). `FloatingPointError` if a share is not finite: the pass overflowed."""
     backbone, rows = encoder.backbone, []
     for number, sentence in enumerate(sentences):
         batch, span, attached = _one(encoder, sentence)
@@ -187,10 +186,8 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
 
 
 def by_sentence(table: pd.DataFrame, column: str, task: str) -> pd.DataFrame:
-    """Mean of a column over each sentence, as `lib.evaluation.intervals.compare` takes it: task, item, the column.
-
-    `task` is a column, whose every value is then a task (`"block"`), or any other name for all rows together.
-    """
+    """Mean of a column over each sentence, as `compare` takes it: task, item, the column. `task` is a column, whose
+    every value is then a task (`"block"`), or any other name for all rows together."""
     table = table if task in table else table.assign(**{task: task})
     means = table.groupby([task, "sentence"], as_index=False)[column].mean()
     return means.rename(columns={task: "task", "sentence": "item"}).astype({"task": str})
@@ -205,7 +202,7 @@ def _one(encoder: SentenceEncoder, sentence: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Choose TP settings (start, end, exit) for a model on STS-B dev.")
+    parser = argparse.ArgumentParser(description="Choose TP, the exit layer and CP for a model on STS-B dev.")
     parser.add_argument("model")
     parser.add_argument("--prompts", nargs="+", default=TP_PROMPTS, choices=TP_PROMPTS)
     parser.add_argument("--pairs", type=int, default=500)

@@ -1,25 +1,19 @@
-"""Notebook 08: the training-free methods that came after the two papers beside Token Prepending, alone and combined.
+"""Notebook 08: the training-free methods that came after the two papers beside Token Prepending, alone and combined."""
 
-`python -m lib.studies.methods MODEL` chooses Contrastive Prompting's settings on STS-B dev, which
-`python -m lib.studies.layers MODEL` has chosen for TP before.
-"""
-
-import argparse
 from collections.abc import Callable, Sequence
 from itertools import product
 
 import pandas as pd
 
 from lib.core.attention_values import AttentionValues
-from lib.core.backbone import Backbone, load_backbone
+from lib.core.backbone import Backbone
 from lib.core.contrastive import ContrastivePrompting
 from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import ComponentRemoved, EmbedFilter, MeanDirectionRemoved, MeanRemoved
 from lib.core.store import EmbeddingStore
-from lib.data.sources import EvaluationData, find_source
-from lib.data.sts import dev_task, load_sts
+from lib.data.sources import EvaluationData
 from lib.evaluation.sts import spearman, sts_pairs
-from lib.report.settings import Setting, load_settings, save_settings
+from lib.report.settings import Setting
 
 # The ways to read a prompt.
 LAST, EXIT, TP, VALUES, BOTH, CP = "last layer", "exit layer", "TP", "AlignedWVA", "TP + AlignedWVA", "CP"
@@ -69,23 +63,3 @@ def search_contrastive(
         pairs = sts_pairs(SentenceEncoder(backbone, prompt, method, exit_layer, store=store), {data.name: data})
         rows.append((block, strength, rule, spearman(pairs["gold"], pairs["similarity"])))
     return pd.DataFrame(rows, columns=["block", "strength", "rule", "value"])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Choose CP's settings (block, strength, rule) for a model on STS-B dev.")
-    parser.add_argument("model")
-    parser.add_argument("--prompts", nargs="+", default=["prompteol", "cot", "ke"])
-    parser.add_argument("--pairs", type=int, default=100)
-    given = parser.parse_args()
-    backbone, source = load_backbone(given.model), find_source()
-    data = load_sts(dev_task(), "dev").first(given.pairs)
-    for prompt in given.prompts:
-        at = load_settings(backbone.name, source.is_sample)[prompt].exit_layer
-        scores = search_contrastive(backbone, prompt, at, data, EmbeddingStore())
-        best = scores.loc[scores["value"].idxmax()]
-        print(prompt, best.to_dict(), flush=True)
-        save_settings(backbone.name, {prompt: {"cp": best.drop("value").to_dict()}}, {}, source.is_sample)
-
-
-if __name__ == "__main__":
-    main()

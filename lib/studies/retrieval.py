@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from typing import Self
 
@@ -57,12 +56,9 @@ class AlignedTokens:
 
 
 class SparseRetriever:
-    """An inverted index: token -> the documents that align to it, with weights; a CSR matrix (vocabulary, documents).
-
-    A document's score is the sum of its weights over the query's set of tokens. Documents that share no token with the
-    query are not ranked. `AlignedTokens` that are fewer than the setting wants, or centred where it says they are not,
-    are a `ValueError`.
-    """
+    """An inverted index: token -> the documents that align to it, with weights; a CSR matrix (vocabulary, documents). A
+    document's score is the sum of its weights over the query's set of tokens; those that share none are not ranked.
+    `AlignedTokens` fewer than the setting wants, or centred where it says they are not, are a `ValueError`."""
 
     def __init__(self, document_ids: Sequence[str], documents: AlignedTokens, setting: SparseSetting):
         self.document_ids, self.setting = list(document_ids), setting
@@ -80,10 +76,8 @@ class SparseRetriever:
             self.index.data *= np.repeat(idf, self.frequency).astype(np.float32)
 
     def queries(self, own: Sequence[Collection[int]], aligned: AlignedTokens | None = None) -> csr_array:
-        """Each query's set of tokens, its own and the first M aligned ones, as ones in a matrix (queries, vocabulary).
-
-        `own` is from `lib.evaluation.vocabulary.text_tokens`, under the rule that documents' tokens were chosen by.
-        """
+        """Each query's set of tokens, `own` (from `text_tokens`, under the rule that documents' tokens were chosen by)
+        and the first M aligned ones, as ones in a matrix (queries, vocabulary)."""
         more = self._first(aligned, self.setting.m).ids if self.setting.m else [()] * len(own)
         sets = [np.union1d(*pair).astype(np.int32) for pair in zip(own, more, strict=True)]
         starts = np.cumsum([0, *map(len, sets)], dtype=np.int32)
@@ -101,14 +95,11 @@ class SparseRetriever:
     @property
     def bytes_per_document(self) -> float:
         """Of the index, mean over the documents."""
-        parts = self.index.data, self.index.indices, self.index.indptr
-        return sum(part.nbytes for part in parts) / len(self.document_ids)
+        return sum(getattr(self.index, part).nbytes for part in ("data", "indices", "indptr")) / len(self.document_ids)
 
     def operations(self, queries: csr_array) -> np.ndarray:
-        """Additions for each query: the entries of the index (postings) that it touches.
-
-        A query with m > 0 goes through the unembedding besides: hidden x vocabulary multiply-adds in any collection.
-        """
+        """Additions for each query: the entries of the index (postings) that it touches. One with m > 0 also goes
+        through the unembedding: hidden x vocabulary multiply-adds in any collection."""
         return queries @ self.frequency
 
     def _first(self, tokens: AlignedTokens | None, count: int) -> AlignedTokens:
@@ -182,9 +173,7 @@ def all_rankings(
     rule: TokenRule = DEFAULT_RULE,
 ) -> dict[str, tuple[str, Ranking]]:
     """BM25, every method dense and sparse, and the method `best` fused: label -> kind and ranking of the queries (ids).
-
-    `encoded`: method -> the same set under its encoder. `setting` and `rule` are those of the sparse rankings.
-    """
+    `encoded`: method -> the same set under its encoder. `setting` and `rule` are those of the sparse rankings."""
     corpus, texts = encoded[best].data.corpus, dict(zip(*(encoded[best].data.queries[key] for key in ("id", "text"))))
     bm25 = BM25Retriever(corpus["id"], corpus["text"]).search(queries, [texts[query] for query in queries])
     found = {"BM25": ("BM25", bm25)}
@@ -199,9 +188,7 @@ def all_rankings(
 
 def kept_of_dense(runs: dict[str, pd.DataFrame], methods: Iterable[str], draws: int) -> pd.DataFrame:
     """Sparse over dense nDCG@10 of the same embeddings: columns set, method, dense, sparse, kept, kept_low, kept_high.
-
-    `runs`: label of `all_rankings` -> table of `evaluate_retrieval` with the column task.
-    """
+    `runs`: label of `all_rankings` -> table of `evaluate_retrieval` with the column task."""
     parts = []
     for method in methods:
         pair = {kind: runs[f"{method}, {kind}"] for kind in ("dense", "sparse")}
@@ -225,10 +212,9 @@ def common_part(
 
 def setting_scores(encoded: EncodedSet, ks: Iterable[int], ms: Iterable[int]) -> pd.DataFrame:
     """nDCG@10 of each query (rows, by id) under every setting (columns k, m, weighting)."""
-    queries, columns = encoded.data.queries["id"], {}
-    for k, m, (name, changes) in product(ks, ms, WEIGHTINGS.items()):
-        columns[k, m, name] = encoded.score(encoded.sparse(SparseSetting(k, m, **changes), queries))
-    return pd.DataFrame(columns).rename_axis(columns=["k", "m", "weighting"])
+    settings = {(k, m, name): SparseSetting(k, m, **WEIGHTINGS[name]) for k, m, name in product(ks, ms, WEIGHTINGS)}
+    scores = {key: encoded.score(encoded.sparse(of, encoded.data.queries["id"])) for key, of in settings.items()}
+    return pd.DataFrame(scores).rename_axis(columns=["k", "m", "weighting"])
 
 
 def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
@@ -240,11 +226,9 @@ def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
 
 
 def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], halvings: int = 5) -> pd.DataFrame:
-    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other.
-
-    Each of the seeded halvings is used both ways. `scores`: set -> table of `setting_scores`; `dense`: set -> nDCG@10
-    of each query. Returns columns set, halving, k, m, weighting, kept.
-    """
+    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other,
+    both ways, for several seeded halvings: columns set, halving, k, m, weighting, kept. `scores`: set -> table of
+    `setting_scores`; `dense`: set -> nDCG@10 of each query."""
     generator, rows = np.random.default_rng(0), []
     for halving in range(halvings):
         halves = {name: np.array_split(generator.permutation(list(table.index)), 2) for name, table in scores.items()}
@@ -256,40 +240,28 @@ def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], h
     return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])
 
 
-def synthetic_rows(real: int, count: int) -> np.ndarray:
-    """Which of `real` documents make up a collection of `count`: some of them, or all and then some again and again."""
-    generator = np.random.default_rng(0)
-    if count <= real:
-        return np.sort(generator.choice(real, count, replace=False))
-    return np.append(np.arange(real), generator.integers(0, real, count - real))
-
-
 def cost_growth(
     documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection[int]],
     query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5,
 ) -> pd.DataFrame:
     """What a search costs as the collection grows beyond the real documents, with queries sent one at a time.
 
-    The time is that of the search, from a query's tokens (as in `SparseRetriever.queries`) or embedding to its ranking,
-    without the model's own. Synthetic collections repeat documents, so that token frequencies stay and the lists of the
-    index grow. A million documents take some 7 GB of memory (K = 128, hidden size 576).
-
-    Returns columns method, documents, synthetic (bool), ms (median over rounds of the mean per query) with quartiles,
-    operations (mean per query), bytes (of the index, per document).
-    """
+    The time is from a query's tokens (as in `SparseRetriever.queries`) or embedding to its ranking, without the
+    model's. Synthetic collections are all documents and then some again and again, so that token frequencies stay and
+    the index's lists grow; a million take some 7 GB (K = 128, hidden size 576). Columns method, documents, synthetic
+    (bool), ms (of a query, median over rounds) with quartiles, operations (mean per query), bytes (per document)."""
     real, rows = len(embeddings), []
     for size in sizes:
-        chosen, ids = synthetic_rows(real, size), list(map(str, range(size)))
+        generator, ids = np.random.default_rng(0), list(map(str, range(size)))
+        chosen = (np.append(np.arange(real), generator.integers(0, real, size - real)) if size > real
+                  else np.sort(generator.choice(real, size, replace=False)))
         sparse = SparseRetriever(ids, documents[:, : setting.k][chosen], setting)
         methods = {"sparse": (sparse, sparse.queries(own, query_tokens)),
                    "dense": (DenseRetriever(ids, embeddings[chosen]), query_embeddings)}
-        seconds = measure({method: partial(_one_by_one, *pair) for method, pair in methods.items()}, rounds)
+        calls = {method: lambda to=to, sent=sent: [to.search([""], sent[i : i + 1]) for i in range(len(own))]
+                 for method, (to, sent) in methods.items()}
+        seconds = measure(calls, rounds)
         for method, (retriever, queries) in methods.items():
             ms, work = ratio_quartiles(seconds[method], len(own) / 1000), retriever.operations(queries).mean()
             rows.append((method, size, size > real, *ms, work, retriever.bytes_per_document))
     return pd.DataFrame(rows, columns=["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "bytes"])
-
-
-def _one_by_one(retriever: SparseRetriever | DenseRetriever, queries: csr_array | np.ndarray) -> None:
-    for i in range(queries.shape[0]):
-        retriever.search([""], queries[i : i + 1])

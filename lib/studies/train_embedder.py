@@ -1,14 +1,13 @@
 """The embedder `smollm2-eol-cse`, trained here: a LoRA on SmolLM2-135M-Instruct, trained contrastively on paraphrases.
-
 As PromptEOL-CSE (arXiv 2307.16645): PromptEOL, the state of the last token after the final norm, InfoNCE over cosines
 with temperature 0.05, the other pairs of the batch as negatives. The pairs, the LoRA's size, and its place on the upper
-blocks alone, where the backward pass can end, are ours. `lib.core.embedders` loads it, given `trained_adapter`.
-"""
+blocks alone, where the backward pass can end, are ours. `lib.core.embedders` loads it, given `trained_adapter`."""
 
 import copy
 import re
 import time
 import warnings
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +17,7 @@ import pandas as pd
 import torch
 from huggingface_hub.utils import WeakFileLock
 from peft import LoraConfig, PeftModel, get_peft_model
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 from torch.nn.functional import cross_entropy, normalize
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -32,60 +30,45 @@ from lib.core.pooling import last_state
 from lib.core.prompts import get_prompt
 from lib.core.store import CACHE, fingerprint
 from lib.core.tokens import PromptTokenizer, TokenRows
-from lib.data.sources import EvaluationData, SampleDataWarning, find_source
+from lib.data.sources import SampleDataWarning, find_source
 from lib.data.sts import STS_TASKS, load_sts
-from lib.data.transfer import load_transfer
+from lib.data.transfer import TRANSFER_TASKS, load_transfer
 
-# STS part -> the lowest score of a positive pair; and the STS parts of which no sentence may be trained on.
-POSITIVE = {("STS-B", "train"): 4.0, ("SICK-R", "train"): 4.2}
-HELD_OUT = [("STS-B", "dev"), ("SICK-R", "dev"), *((task, "test") for task in STS_TASKS)]
-SAMPLE = {("sample", "dev"): 4.0}, [("sample", "test")]
+# Parts of data sets: task, split, which rows are positive pairs, and of which rows no sentence may be trained on.
+NONE, ALL = "index < 0", "index >= 0"
+PARTS = [
+    ("STS-B", "train", "score >= 4.0", NONE), ("SICK-R", "train", "score >= 4.2", NONE),
+    ("STS-B", "dev", NONE, ALL), ("SICK-R", "dev", NONE, ALL), *((task, "test", NONE, ALL) for task in STS_TASKS),
+    ("MRPC", "train", "split == 'train' and label == 1", "split == 'test'"),
+]
+SAMPLE = [("sample", "dev", "score >= 4.0", NONE), ("sample", "test", NONE, ALL)]
 FATES = ("in_evaluation", "equal", "repeated", "kept")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Positive pairs; those of one group (int64, one a pair) are never each other's negatives."""
-
-    first: list[str]
-    second: list[str]
-    groups: np.ndarray
-    provenance: dict
+# Positive pairs, lists of str; those of one group (int64, one a pair) are never each other's negatives.
+Pairs = namedtuple("Pairs", "first second groups provenance")
 
 
 def positive_pairs() -> Pairs:
-    """The training pairs: STS-B train scored 4 or more, SICK-R train scored 4.2 or more, paraphrases of MRPC train.
-
-    No sentence of `HELD_OUT` or of MRPC's test part is in them, so mostly MRPC is left: STS-B's training part is from
-    STS12-16, and SICK-R's shares its sentences with its test part. Where the source is the sample, its STS dev pairs
-    scored 4 or more stand in, with a `SampleDataWarning`.
-    """
+    """The training pairs: the positive ones of `PARTS` without the sentences held out there. Mostly MRPC is left, as
+    STS-B's training part is from STS12-16 and SICK-R's shares its sentences with its test part. Where the source is the
+    sample, `SAMPLE` stands in, with a `SampleDataWarning`."""
     source = find_source()
-    positive, held_out = SAMPLE if source.is_sample else (POSITIVE, HELD_OUT)
-    data = {part: load_sts(*part, source) for part in [*positive, *held_out]}
-    pairs = {" ".join(part): _pairs(data[part], f"score >= {lowest}") for part, lowest in positive.items()}
-    held = [pair for part in held_out for pair in _pairs(data[part])]
     if source.is_sample:
         warnings.warn("The pairs to train on come from sample data; what is trained on them compares with nothing.",
                       SampleDataWarning, stacklevel=2)
-    else:
-        mrpc = data["MRPC", "all"] = load_transfer("MRPC", source)
-        pairs["MRPC train"] = _pairs(mrpc, "split == 'train' and label == 1")
-        held += _pairs(mrpc, "split == 'test'")
-    return make_pairs(pairs, [text for pair in held for text in pair], [part.provenance for part in data.values()])
-
-
-def _pairs(data: EvaluationData, condition: str = "index >= 0") -> list[list[str]]:
-    return data.to_pandas().query(condition)[["sentence1", "sentence2"]].to_numpy().tolist()
+    pairs, held_out, provenance = {}, [], []
+    for task, split, positive, held in SAMPLE if source.is_sample else PARTS:
+        data = load_transfer(task, source) if task in TRANSFER_TASKS else load_sts(task, split, source)
+        chosen, kept_back = (data.to_pandas().query(rows)[["sentence1", "sentence2"]] for rows in (positive, held))
+        pairs |= {f"{task} {split}": chosen.to_numpy().tolist()} if positive != NONE else {}
+        held_out += kept_back.to_numpy().ravel().tolist()
+        provenance.append(data.provenance)
+    return make_pairs(pairs, held_out, provenance)
 
 
 def make_pairs(positives: dict[str, Sequence], evaluation: Sequence[str], data: Sequence[dict] = ()) -> Pairs:
-    """Pairs without evaluation sentences, without repetitions, and with their groups.
-
-    Left out are pairs with a sentence of `evaluation`, pairs of two equal sentences and repeated pairs; only words
-    count, in any case. The provenance counts the pairs by the keys of `positives` and holds `data`. Pairs that share
-    sentences, in a chain too, are of one group. Raises `ValueError` if no pair is left.
-    """
+    """The pairs without those that hold a sentence of `evaluation`, two equal sentences or are repeated, by their words
+    alone, in any case. Pairs that share sentences, in a chain too, are of one group. The provenance counts the pairs by
+    the keys of `positives` and holds `data`. `ValueError` if no pair is left."""
     def normalised(text: str) -> str:
         return " ".join(re.findall(r"\w+", text.lower()))
 
@@ -100,12 +83,12 @@ def make_pairs(positives: dict[str, Sequence], evaluation: Sequence[str], data: 
     kept = (fate == "kept").to_numpy()
     if not kept.any():
         raise ValueError(f"No positive pair is left to train on: {counts.to_dict('index')}.")
-    numbers, sentences = pd.factorize(words[kept].to_numpy().ravel())
-    ends = numbers.reshape(-1, 2).T
-    links = coo_array((np.ones(kept.sum()), ends), shape=(len(sentences), len(sentences)))
-    groups = connected_components(links, directed=False)[1][ends[0]].astype(np.int64)
-    first, second = (table.loc[kept, side].tolist() for side in ("first", "second"))
-    return Pairs(first, second, groups, {"pairs": counts.to_dict("index"), "data": list(data)})
+    linked = DisjointSet(words[kept].to_numpy().ravel())
+    for pair in words[kept].to_numpy():
+        linked.merge(*pair)
+    groups, _ = pd.factorize(words.loc[kept, "first"].map(linked.__getitem__))
+    sides = (table.loc[kept, side].tolist() for side in words)
+    return Pairs(*sides, groups, {"pairs": counts.to_dict("index"), "data": list(data)})
 
 
 @dataclass(frozen=True)
@@ -128,12 +111,9 @@ class Training:
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean over rows i of -log(exp(s_ii / t) / sum_j exp(s_ij / t)), s the cosines of `first`, `second` (rows, hidden).
-
-    Of the rows j of the same group as i (int64, rows), only i itself is in the sum.
-    """
+    Of the rows j of the same group as i (int64, rows), only i itself is in the sum."""
     scores = normalize(first.float(), dim=1) @ normalize(second.float(), dim=1).T / temperature
-    own = torch.eye(len(groups), dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill((groups[:, None] == groups[None]) & ~own, -torch.inf)
+    scores = scores.masked_fill((groups[:, None] == groups).fill_diagonal_(False), -torch.inf)
     return cross_entropy(scores, torch.arange(len(groups), device=scores.device))
 
 
@@ -145,10 +125,8 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
 
 
 def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> dict:
-    """Train a LoRA on a copy of `backbone` and save it to `folder`.
-
-    Returns the provenance: config, pairs and data, backbone, code, seconds, each step's loss, the adapter's SHA-256.
-    """
+    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance: config, pairs and data,
+    backbone, code, seconds, each step's loss, the adapter's SHA-256."""
     begin, device, steps, rise = time.perf_counter(), backbone.device, config.steps, max(1, config.steps // 10)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets),
                       layers_to_transform=list(range(config.first_block, backbone.num_layers)))
@@ -177,21 +155,18 @@ def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> d
 
 def _embed(model: PeftModel, rows: TokenRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
     """The last tokens' states after the final norm, (chosen, hidden), computed in parts of similar length."""
-    states = {}
-    for part in token_batches([len(rows.ids[i]) for i in chosen], token_budget(device)):
-        batch = rows.batch(chosen[part], device)
+    states, parts = [], token_batches([len(rows.ids[i]) for i in chosen], token_budget(device))
+    for batch in (rows.batch(chosen[part], device) for part in parts):
         output = model.get_base_model().base_model(input_ids=batch.ids, use_cache=False)
-        states |= zip(part, last_state(output.last_hidden_state, batch.last))
-    return torch.stack([states[k] for k in range(len(chosen))])
+        states.append(last_state(output.last_hidden_state, batch.last))
+    return torch.cat(states)[np.argsort(np.concatenate(parts))]
 
 
 def trained_adapter(backbone: Backbone, fresh_since: float = 0.0, config: Training = Training()) -> Path:
     """The folder of the adapter that is trained on `backbone`; `lib.core.adapters.read_adapter` reads its provenance.
-
     It lies in `data/cache/adapters/` if one of this config, prompt, data, backbone and code was trained before, and not
     before `fresh_since` (seconds of the epoch). Else it is trained, in this hardware's fastest dtype whatever that of
-    `backbone`, but not in float16, where the loss would have to be scaled. A second process waits for the first.
-    """
+    `backbone`, but not in float16, where the loss would have to be scaled. A second process waits for the first."""
     config = replace(config, steps=config.sample_steps) if find_source().is_sample else config
     pairs, dtype = positive_pairs(), str(choose_dtype(backbone.device)[0]).removeprefix("torch.")
     dtype = "float32" if dtype == "float16" else dtype
