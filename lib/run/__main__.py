@@ -120,8 +120,10 @@ def only_run_in(folder: Path):
 def run(parameters: dict[str, dict], folder: Path, fresh_since: float) -> int:
     """Execute notebooks in order, to copies in `folder`, until one fails. Of several processes each does so."""
     kernels.preload()
-    from lib.data import sources  # takes seconds, in which the process behind the kernels imports too
+    from lib.core.bundled import install_missing  # takes seconds, in which the process behind the kernels imports too
+    from lib.data import sources
 
+    install_missing({given.get("model") for given in parameters.values()})
     data = sources.find_source().label
     context = {"fresh_since": fresh_since, "hub_unreachable": sources.hub_unreachable}
     print(f"{len(parameters)} notebooks on {data}\n{'notebook':<28}{'seconds':>8}  results computed / reused")

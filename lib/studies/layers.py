@@ -31,7 +31,7 @@ from lib.report.settings import save_settings, settings_file
 from lib.studies.methods import search_contrastive
 
 # The search's first round tries these spans on few pairs, the second the best of them and the baseline on all pairs.
-# A span that starts at block 2 or later hangs on the placeholder's random vector (notebook 03), so its score is the mean
+# A span that starts at block 2 or later hangs on the placeholder's random vector (notebook 03), so its score is a mean
 # over several: luck is not chosen.
 SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (0, 3), (2, 3), (2, 5))
 COARSE_SPANS = ((1, 2), (1, 8))
