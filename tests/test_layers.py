@@ -26,8 +26,7 @@ from lib.report import results, settings
 from lib.studies import effects, layers
 from lib.studies.layers import attention_to_placeholder, by_sentence, context_dependency
 
-pytestmark = [
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
 SENTENCES = ["The plane takes off.", "Three children, who are cold, run across the snowy field.", "No."]
 
 
