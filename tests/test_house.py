@@ -10,7 +10,7 @@ import pytest
 from lib.core.store import ROOT
 
 # The rooms from the ground floor up, how many lines each may have, all of them together, the tests, and a line's width.
-ROOMS = {"core": 1900, "data": 700, "evaluation": 900, "report": 800, "studies": 1300, "run": 350}
+ROOMS = {"core": 2100, "data": 700, "evaluation": 900, "report": 800, "studies": 1300, "run": 350}
 LIB, TESTS, WIDTH = 6000, 6000, 120
 FILES = sorted((ROOT / "lib").rglob("*.py"))
 CODE = [p for folder in ("lib", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
