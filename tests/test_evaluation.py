@@ -25,13 +25,12 @@ from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of, wide
 from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, dense_scores, evaluate_retrieval
 from lib.evaluation.senteval_classifier import stopped_early
-from lib.evaluation.sts import cosine, sts_pairs, sts_scores
+from lib.evaluation.sts import cosine, sts_pairs, sts_scores, word_overlap
 from lib.evaluation.tasks import RETRIEVAL, STS, compare_suite
 from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
 
 SAMPLE = DataSource("sample", DATA / "sample")
-
-# STS.
+QRELS_BY_HAND, BEST = {"q": {"d1": 2, "d3": 1, "d9": 1, "d4": 0}}, 2 + 1 / np.log2(3) + 1 / 2
 
 
 def data_of(name: str, *rows) -> EvaluationData:
@@ -60,6 +59,14 @@ def test_pairs_at_several_layers_are_those_of_their_embeddings():
     assert cosine(np.eye(2), np.array([[0, 2], [0, 0]])).tolist() == [0, 0]
 
 
+def test_word_overlap_by_hand_in_the_columns_of_sts_pairs():
+    rows = ("A dog, a cat!", "the DOG", 3.0), ("It's late.", "it's LATE", 2.5), ("...", "?", 0.0), ("No", "", 1.0)
+    data = {"made": data_of("made", *(("x", *row) for row in rows))} | PAIRS
+    table, own = word_overlap(data), sts_pairs(SentenceEncoder(tiny_backbone()), data)
+    assert table["similarity"].tolist()[:5] == [1 / 4, 1, 0, 0, 1 / 3] and set(table["layer"]) == {"none"}
+    assert list(table) == list(own) and table[list(table)[:4]].equals(own[list(table)[:4]])
+
+
 def test_scores_by_hand_and_all_is_one_correlation_over_the_subsets_and_not_their_mean():
     generator = np.random.default_rng(0)
     layers = {layer: pd.DataFrame({
@@ -77,9 +84,6 @@ def test_scores_by_hand_and_all_is_one_correlation_over_the_subsets_and_not_thei
     compared = compare(layers, SPEARMAN, draws=0).set_index(["run", "task"])["value"]
     scores = table.xs("all", level="subset")["score"]
     assert compared.drop("Avg", level="task").to_dict() == pytest.approx(scores.to_dict())
-
-
-# Transfer.
 
 
 def blobs(count, width=12, classes=2, distance=1.0, scale=1.0, seed=0):
@@ -109,11 +113,9 @@ def test_folds_of_the_training_part_choose_the_strength(classes, width):
     features, labels = blobs(400, width, classes, distance=2.0)
     found = classify(features, labels, parts(train=120, test=280))
     train, test = np.arange(120), np.arange(120, 400)
-    held_out = [
-        np.mean([(by_hand(features, labels, train[a], train[b], s) == labels[train[b]]).mean() for a, b in
-                 StratifiedKFold(10, shuffle=True, random_state=1111).split(train, labels[train])])
-        for s in STRENGTHS
-    ]
+    folds = list(StratifiedKFold(10, shuffle=True, random_state=1111).split(train, labels[train]))
+    held_out = [np.mean([(by_hand(features, labels, train[a], train[b], s) == labels[train[b]]).mean()
+                         for a, b in folds]) for s in STRENGTHS]
     assert (found["item"] == test).all() and len(set(found.l2)) == 1
     assert held_out[STRENGTHS.index(found.l2[0])] >= max(held_out) - 1 / 120  # but for an item at the very border
     # Neither fit is exact, so items at a border between classes may fall on either side.
@@ -136,11 +138,9 @@ def test_the_minimum_is_that_of_sentevals_loss():
     features, labels = blobs(150, 3)
     found = classify(features, labels, parts(train=100, test=50))
     strength, x, y = found["l2"].iloc[0], features[:100].astype(float), labels[:100]
-
     def loss(w):
         logits = x @ w[:6].reshape(3, 2) + w[6:]
         return (logsumexp(logits, axis=1) - logits[np.arange(100), y]).mean() + strength / 2 * (w[:6] ** 2).sum()
-
     w = minimize(loss, np.zeros(8), tol=1e-10).x
     margin = (features[100:] @ w[:6].reshape(3, 2) + w[6:]) @ [-1, 1]
     clear = abs(margin) > 1e-2
@@ -236,10 +236,7 @@ def test_sample_tasks_at_several_layers(task, tested):
     assert transfer_predictions(encoder, {task: data}, classifier="senteval")["gold"].tolist() == last["gold"].tolist()
 
 
-# Retrieval.
-
-
-def test_dense_ranking_is_by_cosine_equal_ones_by_the_order_of_the_corpus_and_what_a_search_costs():
+def test_dense_ranking_is_by_cosine_equal_ones_by_the_order_of_the_corpus_and_bm25_by_words():
     generator = np.random.default_rng(0)
     documents, queries = (generator.normal(0.5, 1, (count, 8)).astype(np.float32) for count in (60, 37))
     documents[7] = 3 * documents[2]  # the same direction: a tie, which goes by the corpus's order
@@ -253,24 +250,12 @@ def test_dense_ranking_is_by_cosine_equal_ones_by_the_order_of_the_corpus_and_wh
     assert dense.search(["q"], np.array([[2, 0]], np.float32), depth=2) == {"q": ["a", "c"]}
     assert dense.search(["q"], np.array([[0, 0]], np.float32)) == {"q": ["b", "a", "c", "d"]}
     assert dense.operations(np.ones((3, 2))).tolist() == [8] * 3 and dense.bytes_per_document == 8
-
-
-def test_bm25_ranks_an_exact_match_first_and_what_shares_no_word_not_at_all():
+    # BM25 ranks an exact match first, and what shares no word not at all.
     texts = ["supersonic flow past a cone", "heat in composite slabs", "", "flow of heat", "slabs of the wing"]
     bm25 = BM25Retriever(list("abcde"), texts)
     found = bm25.search(["x", "y", "z"], ["Heat in composite slabs!", "of the", "unheard"], depth=10)
     assert found["x"][0] == "b" and sorted(found["x"]) == ["b", "d", "e"] and found["y"] == found["z"] == []
     assert bm25.search(["x"], ["heat"], depth=1) == {"x": ["d"]}
-
-
-def test_reciprocal_rank_fusion_by_hand():
-    """a 1/61 + 1/63, b 1/62 + 1/61, c 1/63, d 1/62."""
-    first, second = {"q": ["a", "b", "c"], "r": ["a"]}, {"q": ["b", "d", "a"], "r": []}
-    assert retrieval.reciprocal_rank_fusion([first, second]) == {"q": ["b", "a", "d", "c"], "r": ["a"]}
-
-
-QRELS_BY_HAND = {"q": {"d1": 2, "d3": 1, "d9": 1, "d4": 0}}
-BEST = 2 + 1 / np.log2(3) + 1 / 2
 
 
 def test_metrics_by_hand_and_excluded_documents_leave_the_ranking_before_ranks_are_counted():
@@ -281,9 +266,10 @@ def test_metrics_by_hand_and_excluded_documents_leave_the_ranking_before_ranks_a
     assert kept.iloc[0].tolist() == gone.iloc[0].tolist() == ["p", pytest.approx(2.5 / BEST), pytest.approx(2 / 3), 1]
     assert kept.iloc[1].tolist()[1:] == pytest.approx([(1 / 2 + 2 / np.log2(5)) / BEST, 2 / 3, 1 / 3])
     assert gone.iloc[1].tolist()[1:] == pytest.approx([(1 / np.log2(3) + 2 / 2) / BEST, 2 / 3, 1 / 2])
-
-
-def test_metrics_stop_at_their_depth_and_empty_rankings_score_nothing():
+    # Fused by reciprocal ranks: a 1/61 + 1/63, b 1/62 + 1/61, c 1/63, d 1/62.
+    first, second = {"q": ["a", "b", "c"], "r": ["a"]}, {"q": ["b", "d", "a"], "r": []}
+    assert retrieval.reciprocal_rank_fusion([first, second]) == {"q": ["b", "a", "d", "c"], "r": ["a"]}
+    # Metrics stop at their depth, and empty rankings score nothing.
     far = {"q": [f"x{i}" for i in range(10)] + ["d1"] + [f"y{i}" for i in range(89)] + ["d3"], "e": []}
     scores = evaluate_retrieval(far, QRELS_BY_HAND | {"e": {"d1": 1}, "not asked": {"d1": 1}}).set_index("item")
     assert list(scores.index) == ["q", "e"]
@@ -310,15 +296,10 @@ def test_dense_scores_at_several_layers_are_those_of_their_rankings():
     assert other["item"].tolist() == ["q1", "q2"]
 
 
-# Intervals: what is paired, and what is independent.
-
-SIZES = {"A": 50, "B": 40}
-
-
-def run(noise: float, seed: int = 0, sizes=SIZES) -> pd.DataFrame:
+def run(noise: float, seed: int = 0, sizes=(("A", 50), ("B", 40))) -> pd.DataFrame:
     """Pairs of some tasks, with the same gold scores whatever the noise and the seed; `right` is 0 or 100."""
     tables = []
-    for task, size in sizes.items():
+    for task, size in dict(sizes).items():
         gold = np.round(np.random.default_rng(size).uniform(0, 5, size), 1)
         similarity = gold + noise * np.random.default_rng([seed, size]).normal(size=size)
         columns = {"gold": gold, "similarity": similarity, "right": 100.0 * (abs(similarity - gold) < 1)}
@@ -350,11 +331,9 @@ def test_statistics_of_a_resample_are_those_of_its_repeated_rows():
 def test_groups_are_resampled_by_themselves():
     table = pd.DataFrame({"task": "t", "item": range(30), "positive": np.arange(30) % 3 == 0, "similarity": 1.0})
     sums = []
-
     def positives(tables, weights):
         sums.extend(weights[:, tables[0]["positive"]].sum(axis=1))
         return np.zeros((len(weights), len(tables)))
-
     compare({"a": table}, Statistic(positives, within="positive"), draws=50)
     assert len(sums) == 51 and set(sums) == {10}
     chance = compare({"a": table}, area_under_roc, draws=50).iloc[0]
@@ -445,7 +424,15 @@ def test_what_else_is_refused_and_what_a_plain_function_may_be():
     assert shapes == [(1, 2), (4, 2)]  # the function says what several rows of an item mean
 
 
-def test_draws_without_a_value_are_left_out():
+def test_of_a_list_of_tables_the_mean_counts_and_draws_or_runs_without_a_value_touch_no_other():
+    seeds = [run(1, seed) for seed in range(3)]
+    single = [compare({"a": table}, SPEARMAN, draws=0)["value"] for table in seeds]
+    found = compare({"a": seeds, "b": seeds[:1], "c": seeds[0]}, SPEARMAN, "c", draws=40)
+    a, b, c = (found[found["run"] == name].drop(columns="run").reset_index(drop=True) for name in "abc")
+    np.testing.assert_allclose(a["value"], np.mean(single, axis=0))
+    pd.testing.assert_frame_equal(b, c)
+    empty = compare({"b": [seeds[0], seeds[1].assign(similarity=1.0)], "a": seeds}, SPEARMAN, draws=0)["value"]
+    assert empty[:3].isna().all() and empty[3:].tolist() == pytest.approx(a["value"].tolist())
     few = pd.DataFrame({"task": "t", "item": range(3), "gold": [1.0, 2, 3], "similarity": [1.0, 3, 2]})
     found = compare({"a": few}, SPEARMAN, draws=200).iloc[0]
     assert found["value"] == pytest.approx(50) and (found["low"], found["high"]) == pytest.approx((-100, 100))
@@ -459,9 +446,7 @@ def test_an_average_is_that_of_the_suite_whatever_else_is_loaded():
     some = compare_suite(STS, {"a": runs["a"][runs["a"]["task"] != "STS13"]}, draws=20)
     assert "Avg" not in set(some["task"])  # six of seven have no average that can stand beside the paper's
     assert compare_suite(STS, {"a": run(1)}, draws=20)["task"].tolist() == ["A", "B", "Avg"]  # such as sample data
-
-
-def test_a_wide_table_keeps_the_order_of_runs_and_tasks():
+    # A wide table keeps the order of runs and tasks.
     long = compare({"b": run(1), "a": run(2)}, mean_of("right"), "b", draws=5)
     table = wide(long.assign(prompt="ke"), ["prompt", "run"], "difference")
     assert list(table.columns) == ["prompt", "run", "A", "B", "Avg"] and table["run"].tolist() == ["b", "a"]

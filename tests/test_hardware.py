@@ -20,6 +20,8 @@ from lib.core.token_prepending import TokenPrepending
 SENTENCES = ["A man is playing a flute.", "The plane takes off.", "No.", "Three children run across a cold field!"]
 TP = TokenPrepending(1, 3)
 ENDS = [0, 2, LAYERS]
+ON_CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+ON_CPU = partial(torch.empty, 2**58, dtype=torch.uint8)
 
 
 def with_large_activations(family: str) -> Backbone:
@@ -43,14 +45,11 @@ def assert_close(half: Backbone, full: Backbone, least: float = 0.999, **choices
         assert cosines(actual[layer], expected[layer]).min() > least and actual[layer].dtype == "float32", layer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_float16_gives_the_float32_embeddings(family):
-    assert_close(in_float16(tiny_backbone(family)), tiny_backbone(family), method=TP)
-
-
-@pytest.mark.parametrize("choices", [{"method": TP}, {"prompt": "echo"}])
-def test_bfloat16_stays_close(choices):
-    assert_close(in_float16(tiny_backbone(), torch.bfloat16), tiny_backbone(), 0.98, **choices)
+@pytest.mark.parametrize("family, dtype, least, choices", [
+    *((family, torch.float16, 0.999, {"method": TP}) for family in FAMILIES),
+    *(("llama", torch.bfloat16, 0.98, choices) for choices in ({"method": TP}, {"prompt": "echo"}))])
+def test_half_precision_stays_close_to_float32(family, dtype, least, choices):
+    assert_close(in_float16(tiny_backbone(family), dtype), tiny_backbone(family), least, **choices)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
@@ -94,17 +93,11 @@ def test_blocks_on_other_devices(first, place, tmp_path):
 def limit_memory(encoder: SentenceEncoder, rows: int, fail) -> list[int]:
     """Let the encoder fail as on a machine where only so many rows fit; returns the rows of each try, as they come."""
     run, tries = encoder.forward, []
-
     def forward(batch, *rest):
         tries.append(len(batch.ids))
         return run(batch, *rest) if len(batch.ids) <= rows else fail()
-
     encoder.forward = forward
     return tries
-
-
-ON_CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-ON_CPU = partial(torch.empty, 2**58, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("fail", [ON_CUDA, ON_CPU])

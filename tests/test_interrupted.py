@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from project_copy import Copy
 from tiny_models import build_tokenizer, tiny_backbone
 
 from lib.core.store import ROOT
+
+MODELS = ROOT / "data" / "cache" / "models"  # where the bundled model lies, once it is read
 
 # A notebook's work on a tiny model: undisturbed; then, for n = 1, 2, ... until it gets through, in a forked process
 # that is killed at the n-th moment before or after a file is synced or gets its name, and in another that goes on.
@@ -89,23 +90,19 @@ def test_killed_at_any_moment_of_a_write_it_goes_on_and_gives_the_same(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def models(smollm2) -> Path:
-    """Where the bundled model lies, read already."""
-    return ROOT / "data" / "cache" / "models"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, models) -> Copy:
+def undisturbed(tmp_path_factory, smollm2) -> Copy:
     """A run that nobody disturbed, `--processes 2`: two kernels a notebook, which share the encoding."""
-    copy = Copy(tmp_path_factory.mktemp("undisturbed"), models)
+    copy = Copy(tmp_path_factory.mktemp("undisturbed"), MODELS)
     assert copy.start("01", "05", "--processes", "2").wait() == 0, copy.log()[-3000:]
     return copy
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_goes_on_and_two_runs_at_once_wait_for_each_other(undisturbed, models, tmp_path):
+def test_killed_at_random_it_goes_on_and_two_runs_at_once_wait_for_each_other(undisturbed, tmp_path):
     """Three kills of a notebook, once it stores results, and then two runs to the end, with one process each."""
-    copy, moments = Copy(tmp_path, models), random.Random(0)
+    assert "05_cost_measurement is left out" in undisturbed.log(), "what measures time is not shared by two processes"
+    assert not any(name.startswith("cost") for name in undisturbed.tables())
+    copy, moments = Copy(tmp_path, MODELS), random.Random(0)
     log = copy.folder / "runs" / "smoke" / "01_sts_eval.log"
     for _ in range(3):
         before, run = log.stat().st_mtime_ns if log.exists() else 0, copy.start("01")
@@ -124,8 +121,3 @@ def test_killed_at_random_it_goes_on_and_two_runs_at_once_wait_for_each_other(un
     everything = ("csv", "md", "png")
     assert len(copy.tables(everything)) > 10 and copy.tables(everything) == undisturbed.tables(everything)
 
-
-@pytest.mark.slow
-def test_processes_leave_out_the_notebook_that_measures_time(undisturbed):
-    assert "05_cost_measurement is left out" in undisturbed.log()
-    assert undisturbed.tables() and not any(name.startswith("cost") for name in undisturbed.tables())

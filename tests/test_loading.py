@@ -43,15 +43,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-class Exploit:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-def test_a_model_from_a_folder_gives_the_same_embeddings_and_a_pickle_that_runs_code_is_refused(folder):
+def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(folder):
     expected = SentenceEncoder(tiny_backbone(), "ke", TokenPrepending(1, 3)).encode(SENTENCES)
     loaded, state = load(folder), tiny_backbone().model.state_dict()
     assert_same(SentenceEncoder(loaded, "ke", TokenPrepending(1, 3)).encode(SENTENCES), expected)
@@ -59,13 +51,10 @@ def test_a_model_from_a_folder_gives_the_same_embeddings_and_a_pickle_that_runs_
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     assert_same(SentenceEncoder(load(folder), "ke", TokenPrepending(1, 3)).encode(SENTENCES), expected)
-    torch.save(state | {"lm_head.weight": Exploit(str(folder / "pwned"))}, folder / "pytorch_model.bin")
+    exploit = type("Exploit", (), {"__reduce__": lambda self: (os.mkdir, (str(folder / "pwned"),))})()
+    torch.save(state | {"lm_head.weight": exploit}, folder / "pytorch_model.bin")
     with pytest.raises((ModelNotFoundError, pickle.UnpicklingError)):
         load(folder)
-    assert not (folder / "pwned").exists()
-
-
-def test_code_that_comes_with_a_model_is_not_run(folder):
     config = (folder / "config.json").read_text().replace('"llama"', '"own_kind"')
     (folder / "config.json").write_text(config.replace("{", '{"auto_map": {"AutoConfig": "own.Own"},', 1))
     (folder / "own.py").write_text(f"import os\nos.mkdir({str(folder / 'pwned')!r})\nOwn = None\n")
@@ -95,7 +84,6 @@ def test_a_copy_is_whole_or_not_there(tmp_path):
     def save(folder):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
-
     with pytest.raises(OSError, match="No space left"):
         keep_copy(Mock(save_pretrained=save), None, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -157,13 +145,12 @@ def test_smollm2_says_what_it_is_and_tokenises_as_the_official_code(smollm2):
     assert smollm2.tokenizer.decode(rows.ids[0][1:]) == f" {text}"
 
 
-@pytest.mark.parametrize("tp", [None, TokenPrepending(1, 7)], ids=["baseline", "tp"])
-def test_smollm2_equals_the_loop(smollm2, tp):
+def test_smollm2_with_tp_equals_the_loop(smollm2):
     assert smollm2.num_layers == 30 and smollm2.hidden_size == 576 and smollm2.dtype == torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the prefix is shared
-        sentences = SENTENCES[:2] if tp else SENTENCES[1:]
-        assert_equals_loop(SentenceEncoder(smollm2, "ke", tp), sentences, [0, 1, 2, 7, 28, 29, 30], check=not tp)
+        encoder = SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7))
+        assert_equals_loop(encoder, SENTENCES[:2], [0, 1, 2, 7, 28, 29, 30])
 
 
 @pytest.mark.parametrize("name, blocks, added", [

@@ -25,10 +25,9 @@ from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
 METHODS = {"tp": TokenPrepending(1, 3), "another end": TokenPrepending(1, 2)}
 METHODS |= {f"vector of {n}": TokenPrepending(1, 3, init=np.full(32, n)) for n in (0, 1)}
-SETTINGS = {
-    "baseline": {}, "another layer": {"exit_layer": 2}, "another prompt": {"prompt": "ke"},
-    "another pooling": {"pooling": "mean"}, "another length": {"max_length": 100},
-} | {name: {"method": method} for name, method in METHODS.items()}
+SETTINGS = {"baseline": {}, "another layer": {"exit_layer": 2}, "another prompt": {"prompt": "ke"}}
+SETTINGS |= {"another pooling": {"pooling": "mean"}, "another length": {"max_length": 100}}
+SETTINGS |= {name: {"method": method} for name, method in METHODS.items()}
 
 
 class SamplePairs(AbsTaskSTS):

@@ -45,7 +45,7 @@ def test_thin_and_begun_as_all_are(path):
 
 
 @each_notebook
-def test_clean(path):
+def test_clean_and_executed_in_order_without_errors(path):
     notebook, text = read(path), path.read_text()
     nbformat.validate(notebook)
     assert len(text.encode()) < 600_000
@@ -53,10 +53,6 @@ def test_clean(path):
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     for trace in ('"papermill"', "widget-view", "/home/", "/tmp/", "/Users/", str(ROOT), str(Path.home())):
         assert trace not in text, trace
-
-
-@each_notebook
-def test_executed_in_order_without_errors(path):
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
@@ -108,16 +104,14 @@ def shown_texts() -> dict[str, str]:
     return texts
 
 
+@pytest.mark.skipif("TP_DATA_DIR" not in os.environ, reason="TP_DATA_DIR is not set: no real data to compare with")
 def test_no_sentence_of_an_evaluation_set_is_shown():
     """No eight words in a row are those with which a line of the real data goes on from any of its columns."""
-    folder = os.environ.get("TP_DATA_DIR")
-    if not folder:
-        pytest.skip("TP_DATA_DIR is not set: no real data to compare with")
     shown = {gram: name for name, text in shown_texts().items() for gram in grams(text)}
     own = {gram for path in (ROOT / "data" / "sample").rglob("*.*") for gram in grams(path.read_text())}
     suffixes = (".txt", ".csv", ".tsv", ".jsonl", ".pos", ".neg", ".label", ".train", ".test", ".all")
     checked = 0
-    for path in Path(folder).expanduser().rglob("*"):
+    for path in Path(os.environ["TP_DATA_DIR"]).expanduser().rglob("*"):
         if path.is_file() and path.suffix in suffixes:
             for line in path.read_text(encoding="latin-1").splitlines():
                 for field in re.split(r'\t|": "', line):

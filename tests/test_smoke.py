@@ -37,14 +37,11 @@ TABLE = pd.DataFrame({"prompt": ["a", "b", "c"], "pairs": [3, 4, 5], "value": [6
 TABLE = TABLE.assign(low=[-0.4, 0.1, np.nan], **{"time ratio": [1.0, 1.1, 1.2]})
 
 
-def test_what_golden_tables_forgive():
+def test_what_golden_tables_forgive_and_that_missing_and_unexpected_ones_are_named(tmp_path):
     kept = golden.comparable(TABLE)
     assert list(kept) == ["prompt", "pairs", "value"], "neither the time nor its interval"
     ours = TABLE.assign(low=9.0, value=TABLE["value"] + 1e-3, **{"time ratio": 9.0})
     assert golden.differences(ours, kept) == []
-
-
-def test_missing_and_unexpected_tables_are_named(tmp_path):
     for name, files in {"ours": ("a", "new"), "golden": ("a", "gone")}.items():
         (tmp_path / name).mkdir()
         for file in files:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_models import tiny_backbone
+from tiny_models import HIDDEN, tiny_backbone
 
 from lib.core.postprocess import principal_components
 from lib.core.store import ROOT
@@ -16,8 +16,6 @@ from lib.evaluation.retrieval import evaluate_retrieval
 from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
 from lib.studies import retrieval
 from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting
-
-HIDDEN = 32
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,6 @@ def test_every_setting_and_every_way_to_rank_and_what_sparse_keeps(encoded):
     assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS) and scores.columns.is_unique
     one = encoded.score(encoded.sparse(SparseSetting(40, 8, idf=True), ids))
     assert scores[40, 8, "(logit - mean) x idf"].tolist() == one.tolist()
-
     queries, setting = ids[11::-1], SparseSetting(40, 8)
     found = retrieval.all_rankings({"a": encoded, "b": encoded.without_first_component()}, "a", setting, queries)
     assert {label: kind for label, (kind, _) in found.items()} == {
@@ -130,9 +127,7 @@ def test_index_size_and_operations_by_hand():
     assert retriever.operations(queries).tolist() == [3, 1, 0]
     assert retriever.bytes_per_document == (4 * 4 + 4 * 4 + 4 * 4) / 2  # weights, documents, starts of four bytes each
     assert retriever.search(["x", "y", "z"], queries) == {"x": ["a", "b"], "y": ["a"], "z": []}
-
-
-def test_an_index_leaves_its_tokens_alone_and_keeps_no_weight_of_nothing():
+    # An index leaves its tokens alone and keeps no weight of nothing.
     ids, values = np.array([[0, 1], [2, 1]], np.int32), np.array([[1, -1], [3, 2]], np.float32)
     tokens = AlignedTokens(ids.copy(), values.copy(), 3, True)
     settings = [SparseSetting(2, weight=weight, idf=True) for weight in ("logit", "log1p")]

@@ -13,6 +13,7 @@ from lib.core.forward import read_states
 from lib.core.prompts import PLACES, PROMPTS, Prompt
 from lib.core.token_prepending import Placement, TokenPrepending
 from lib.core.tokens import MIN_PREFIX, PromptTokenizer
+from lib.core.variants import Variant
 
 SENTENCES = ["The plane takes off.", "It's the dog's bone; it isn't mine!", "No", 'He said "no" . Why?', "", "日本 ☃."]
 IDS = [40, 41, 42, SPARE_TOKEN, 43, 44, 45, SPARE_TOKEN, 46, 47]
@@ -26,13 +27,14 @@ def at(*places: int) -> Placement:
 
 
 @pytest.mark.parametrize("options", [
-    {"start": 3, "end": 3}, {"start": -1}, {"init": "gauss"}, {"place": "middle"}, {"count": 0}], ids=str)
+    {"start": 3, "end": 3}, {"start": -1}, {"init": "gauss"}, {"place": "middle"}, {"count": 0}, {"write": "first"},
+    {"hide": "always"}, {"open": "all"}, {"write": "older", "start": 0}], ids=str)
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match=str(list(options.values())[0])):
-        TokenPrepending(**options)
+        (Variant if {"write", "hide", "open"} & {*options} else TokenPrepending)(**options)
 
 
-def test_settings_for_a_deeper_or_a_narrower_model_are_refused(backbone):
+def test_settings_hold_a_copy_of_their_vector_and_those_for_a_deeper_or_a_narrower_model_are_refused(backbone):
     tp = TokenPrepending(1, LAYERS + 1)
     with pytest.raises(ValueError, match=f"only {LAYERS} blocks"):
         SentenceEncoder(backbone, "prompteol", tp)
@@ -40,9 +42,6 @@ def test_settings_for_a_deeper_or_a_narrower_model_are_refused(backbone):
         pytest.fail("the block ran")
     with pytest.raises(ValueError, match=f"5 values.*hidden size {tiny.HIDDEN}"):
         TokenPrepending(1, 3, init=torch.ones(5)).initial_vector(backbone)
-
-
-def test_settings_with_equal_vectors_are_equal_and_hold_a_copy():
     vector = np.linspace(-1, 1, tiny.HIDDEN, dtype=np.float32)
     kinds = (vector, torch.from_numpy(vector.copy()), tuple(vector.tolist()))
     ours = [TokenPrepending(1, 3, init=kind) for kind in kinds]
@@ -74,7 +73,6 @@ def test_the_placeholder_s_vector_is_what_it_says_and_what_the_model_reads(backb
 def test_an_error_leaves_no_hook(backbone, error, monkeypatch):
     def fail(*_, **__):
         raise error
-
     hooks = tiny.hook_ids(backbone.model)
     if error is RuntimeError:  # while attaching; else, in a hook of its own that finds no such token, or while reading
         monkeypatch.setattr(backbone.layers[2], "register_forward_pre_hook", fail)
@@ -85,10 +83,8 @@ def test_an_error_leaves_no_hook(backbone, error, monkeypatch):
 
 def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
     received = {}
-
     def keep(name):
         return lambda _, args, *output: received.update({name: (output or args)[0]})
-
     handles = [block.register_forward_pre_hook(keep(i)) for i, block in enumerate(backbone.layers)]
     handles.append(backbone.embeddings.register_forward_hook(keep("embeddings")))
     with torch.inference_mode(), TokenPrepending(0, LAYERS).attach(backbone, at(3)):
@@ -106,10 +102,8 @@ def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
 def test_nested_settings_apply_together_and_end_separately(backbone):
     outer, inner = TokenPrepending(1, 4, seed=1), TokenPrepending(2, 3, seed=1)
     vector, both = outer.initial_vector(backbone), [(1, 4, [3]), (2, 3, [7])]
-
     def states():
         return read_states(backbone, PLAIN_IDS, [LAYERS])[LAYERS][0]
-
     plain = states()
     with outer.attach(backbone, at(3)):
         alone = states()
@@ -137,21 +131,13 @@ def test_token_ids_are_those_of_a_tokenizer_with_the_placeholder_added(kind):
                 assert [0 if token == SPARE_TOKEN else token for token in expected] == rows.ids[i], template
 
 
-# Where each place is, as text, so that the tests do not depend on the code that puts the placeholder there.
-PLACED = {
-    "before_quote": 'This sentence : <PST> "No." means in one word:"',
-    "start": '<PST> This sentence : "No." means in one word:"',
-    "in_quote": 'This sentence : "<PST> No." means in one word:"',
-    "after_text": 'This sentence : "No. <PST>" means in one word:"',
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", PLACES)
-def test_every_place_and_count_equals_the_loop(kind, place):
+@pytest.mark.parametrize("place, text", zip(PLACES, (  # as text, so that the code that puts it there is tested, too
+    'This sentence : <PST> "No." means in one word:"', '<PST> This sentence : "No." means in one word:"',
+    'This sentence : "<PST> No." means in one word:"', 'This sentence : "No. <PST>" means in one word:"'), strict=True))
+def test_every_place_and_count_equals_the_loop(kind, place, text):
     backbone = tiny.tiny_backbone("llama", kind)
-    (template,) = PROMPTS["prompteol"].with_placeholder(place)
-    assert template.replace("{sentence}", "No.") == PLACED[place]
+    assert PROMPTS["prompteol"].with_placeholder(place)[0].replace("{sentence}", "No.") == text
     for count in (1, 3):
         tp = TokenPrepending(1, 3, place=place, count=count)
         assert_equals_loop(SentenceEncoder(backbone, "prompteol", tp), SENTENCES, [2, LAYERS])

@@ -20,12 +20,11 @@ from lib.studies import train_embedder
 from lib.studies.train_embedder import Training, batches, info_nce, make_pairs, positive_pairs, train
 
 TINY = Training(steps=6, pairs=4, tokens=128, first_block=2, rank=4, alpha=8, learning_rate=2e-2, sample_steps=2)
-TEXTS = [
-    "A man plays the flute.", "Someone is playing a flute.", "The market fell on Tuesday.", "Stocks lost value.",
-    "Children run across the snow.", "Some kids run in the snow.", "The plane takes off.", "An aircraft leaves.",
-    "A dog eats its bone.", "The bone is eaten by the dog.", "She sings in the old house.", "A woman sings.",
-]
-PAIRS = make_pairs({"toy": list(zip(TEXTS[::2], TEXTS[1::2]))}, [])
+PAIRS = make_pairs({"toy": [
+    ("A man plays the flute.", "Someone is playing a flute."), ("The market fell on Tuesday.", "Stocks lost value."),
+    ("Children run across the snow.", "Some kids run in the snow."), ("The plane takes off.", "An aircraft leaves."),
+    ("A dog eats its bone.", "The bone is eaten by the dog."), ("She sings in the old house.", "A woman sings.")]}, [])
+TEXTS = [*PAIRS.first, *PAIRS.second]
 
 
 @pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1], [3, 3, 3, 3, 3]])
@@ -64,16 +63,13 @@ def test_pairs_leave_out_what_evaluations_hold():
 def test_positive_pairs_come_from_training_parts_by_score_and_label(monkeypatch):
     parts = {
         "STS-B train": "a1 a2 4.0, b1 b2 3.9, c1 c2 5, d1 d2 4.5", "SICK-R train": "e1 e2 4.2, f1 f2 4.1, g1 g2 4.9",
-        "STS14 test": "C1! x 1", "SICK-R dev": "y g2. 1",
-        "MRPC all": "h1 h2 1 train, i1 i2 0 train, j1 j2 1 train, J2 z 0 test",
-    }
-
+        "MRPC all": "h1 h2 1 train, i1 i2 0 train, j1 j2 1 train, J2 z 0 test", "STS14 test": "C1! x 1",
+        "SICK-R dev": "y g2. 1"}
     def load(task, split, source):
         rows = [row.split() for row in parts.get(f"{task} {split}", "p q 5").split(", ")]
         columns = ("sentence1", "sentence2", "score", "label", "split")
         table = [dict(zip(columns, (a, b, float(n), float(n), "".join(of)))) for a, b, n, *of in rows]
         return EvaluationData(task, Dataset.from_list(table), {"part": f"{task} {split}"})
-
     monkeypatch.setattr(train_embedder, "load_sts", load)
     monkeypatch.setattr(train_embedder, "load_transfer", lambda task, source: load(task, "all", source))
     monkeypatch.setattr(train_embedder, "find_source", lambda: DataSource("folder", DATA))
@@ -126,11 +122,9 @@ def count(tmp_path, monkeypatch):
     monkeypatch.setattr(train_embedder, "find_source", lambda: DataSource("sample", DATA / "sample"))
     monkeypatch.setattr(train_embedder, "load_backbone", lambda *_: tiny_backbone("llama"))
     monkeypatch.setattr(train_embedder, "train", lambda *arguments: trainings.append(train(*arguments)))
-
     def call(config=TINY, fresh_since=0.0):
         with pytest.warns(SampleDataWarning):
             return train_embedder.trained_adapter(tiny_backbone("llama"), fresh_since, config), len(trainings)
-
     return call
 
 

@@ -32,20 +32,17 @@ def reference_change(name: str, place: int, last: int):
     """What `loop_states` does before each block for a variant whose placeholder is at `place`."""
     _, blocks_written, blocks_masked = VARIANTS[name]
     end = last - CLOSING
-
     def visible(q, k):
         if "open" in name:
             inside = place < k <= end and place < q <= end
             return k <= q or (inside if name == "sentence open" else k == last and q > place)
         return k <= q and (k != place or q == k)
-
     def written(i, h, block, args, kwargs, states):
         if name == "same":
             output = block(h, *args, **kwargs)
             return (output[0] if isinstance(output, tuple) else output)[:, -1]
         means = {"mean": h[:, place + 1 :].mean(dim=1), "older": states[i - 1][None, -1] if i else None}
         return means.get(name, h[:, -1])
-
     def change(i, h, block, args, kwargs, states):
         if i in blocks_written:
             h[:, place] = written(i, h, block, args, kwargs, states)
@@ -54,7 +51,6 @@ def reference_change(name: str, place: int, last: int):
             rows = [[0.0 if visible(q, k) else hidden for k in tokens] for q in tokens]
             kwargs["attention_mask"] = torch.tensor(rows)[None, None]
         return h, kwargs
-
     return change
 
 
@@ -77,10 +73,3 @@ def test_variants_differ_from_each_other():
     assert len({str(variant.describe()) for variant in found}) == len(VARIANTS)
     for a, b in itertools.combinations(found, 2):
         assert not np.allclose(found[a], found[b], rtol=1e-4, atol=1e-5), (a, b)
-
-
-@pytest.mark.parametrize("options", [
-    {"write": "first"}, {"hide": "always"}, {"open": "all"}, {"write": "older", "start": 0}], ids=str)
-def test_bad_variants_are_refused(options):
-    with pytest.raises(ValueError):
-        Variant(**options)

@@ -49,16 +49,13 @@ _ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "
 
 # family -> (model type of Transformers, configuration). The sliding windows are shorter than every prompt.
 FAMILIES: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", _LLAMA),
-    "mistral": ("mistral", {**_LLAMA, "sliding_window": WINDOW}),
-    "qwen2": ("qwen2", _LLAMA),
-    "qwen3": ("qwen3", {**_LLAMA, "head_dim": 8}),
-    "gemma": ("gemma", {**_LLAMA, "head_dim": 8}),
+    **{name: (name, _LLAMA) for name in ("llama", "qwen2", "olmo2", "stablelm")},
+    **{name: (name, {**_LLAMA, "sliding_window": WINDOW}) for name in ("mistral", "phi3")},
+    **{name: (name, {**_LLAMA, "head_dim": 8}) for name in ("qwen3", "gemma")},
     "gemma2": ("gemma2", {
         **_LLAMA, **_ALTERNATING, "head_dim": 8, "attn_implementation": "eager", "query_pre_attn_scalar": 8}),
     "gemma3": ("gemma3_text", {**_LLAMA, **_ALTERNATING, "head_dim": 8}),
     "phi": ("phi", {**_LLAMA, "num_key_value_heads": 4}),
-    "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
     "gpt2": ("gpt2", _GPT2),
     "gpt_neo": ("gpt_neo", {
         **_IDS, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4, "max_position_embeddings": 256,
@@ -71,8 +68,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "falcon": ("falcon", {**_COMMON, "alibi": False}),
     "falcon_alibi": ("falcon", {**_COMMON, "alibi": True}),
     "bloom": ("bloom", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
-    "olmo2": ("olmo2", _LLAMA),
-    "stablelm": ("stablelm", _LLAMA),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
     # Granite scales what attention and MLP return before it adds it.
     "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7}),
@@ -159,10 +154,8 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
     base, tokens = model.base_model, torch.tensor([ids])
     model.get_input_embeddings().weight[SPARE_TOKEN] = torch.nan if vector is None else vector
     blocks = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.num_layers)
-
     def record(_, args, kwargs):
         calls.append((args[0].clone(), args[1:], kwargs))
-
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     plain = base(input_ids=tokens, use_cache=False)
     for handle in handles:
@@ -251,18 +244,18 @@ def prompt_ids(backbone: Backbone, sentence: str, tp=None, prompt: Prompt = PROM
     return official_ids(backbone.tokenizer, template.replace(SENTENCE, prompt.prepare(sentence)))
 
 
-def reference(backbone: Backbone, ids: list[int], tp=None, check: bool = False) -> list[torch.Tensor]:
+def reference(backbone: Backbone, ids: list[int], tp=None) -> list[torch.Tensor]:
     """All states of one prompt, as `loop_states` gives them, with TP at the placeholders in `ids`."""
     places = [i for i, token in enumerate(ids) if token == SPARE_TOKEN]
     with_tp = ([(tp.start, tp.end, places)], tp.initial_vector(backbone)) if tp else ()
-    return loop_states(backbone, ids, *with_tp, check=check)
+    return loop_states(backbone, ids, *with_tp)
 
 
-def assert_equals_loop(encoder: SentenceEncoder, sentences: list[str], layers=range(LAYERS + 1), check=False) -> None:
+def assert_equals_loop(encoder: SentenceEncoder, sentences: list[str], layers=range(LAYERS + 1)) -> None:
     """The encoder's embeddings at these layers are the loop's states of each sentence's last token."""
     found = encoder.encode_layers(sentences, layers)
     for i, sentence in enumerate(sentences):
         ids = prompt_ids(encoder.backbone, sentence, encoder.method, encoder.prompt)
-        expected = reference(encoder.backbone, ids, encoder.method, check)
+        expected = reference(encoder.backbone, ids, encoder.method)
         for layer in layers:
             assert_same(found[layer][i], expected[layer][-1], f"{encoder.method}, {sentence!r}, layer {layer}")

@@ -33,8 +33,7 @@ def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
 
 
 def read_adapter(folder: Path, fresh_since: float = 0.0) -> dict | None:
-    """The provenance of an adapter that is not older than `fresh_since` (epoch seconds), or None. Also None, with
-    a warning, if one of its files is gone or damaged."""
+    """The provenance of an adapter not older than `fresh_since` (epoch seconds); None, with a warning, if damaged."""
     if not is_fresh(folder / "provenance.json", fresh_since):
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.core.bundled import BUNDLED, DEFAULT_MODEL, ModelNotFoundError, load_bundled
-from lib.core.forward import UnsupportedModelError, check_finite, read_states
+from lib.core.forward import UnsupportedModelError, check_finite, read_states, returned_tensor
 from lib.core.hardware import choose, device_name
 
 # What the families of causal language models call the norm between the last block and the unembedding.
@@ -30,24 +30,26 @@ class Backbone:
 
     Attributes:
         base: the model without its unembedding. embeddings: its token embedding module.
-        num_layers: how many blocks there are. hidden_size, dtype: of their states.
+        layers: its `num_layers` decoder blocks. final_norm: what follows them, or None. hidden_size, dtype: of states.
         embed_scale: by which some families (Gemma) multiply the rows of their embedding matrix.
         title: the name for captions, with the quantisation of a bundled model's weights.
         max_length: the tokens that the model was trained for (4096 where it does not say).
-        notes: remarks for people (why this dtype was chosen); nothing in it decides an embedding.
-    """
+        notes: remarks for people (why this dtype was chosen); nothing in it decides an embedding."""
 
     model: PreTrainedModel
     tokenizer: object
-    layers: nn.ModuleList
-    final_norm: nn.Module | None
     unembedding: nn.Module
     name: str
     revision: str
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.layers, parent = find_blocks(self.model.eval().requires_grad_(False))
         self.base, self.embeddings = self.model.base_model, self.model.get_input_embeddings()
+        self.final_norm = next(filter(None, (getattr(parent, name, None) for name in FINAL_NORM_NAMES)), None)
+        if self.model.dtype == torch.float16:  # LayerNorms norm a float32 sum, see `safe_float16`
+            for norm in filter(lambda module: isinstance(module, nn.LayerNorm), self.base.modules()):
+                norm.float()
         self.num_layers, self.hidden_size = len(self.layers), self.embeddings.weight.shape[1]
         self.dtype, self.embed_scale = self.embeddings.weight.dtype, float(getattr(self.embeddings, "embed_scale", 1.0))
         config, keys = self.model.config.get_text_config(), ("max_position_embeddings", "n_positions", "seq_length")
@@ -60,10 +62,7 @@ class Backbone:
         _refuse_encoder_decoder(model.config, name)
         if not hasattr(model, "base_model") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
-        widen_norms(model.eval().requires_grad_(False))
-        layers, parent = find_blocks(model)
-        norm = next((getattr(parent, n) for n in FINAL_NORM_NAMES if getattr(parent, n, None) is not None), None)
-        backbone = cls(model, tokenizer, layers, norm, model.get_output_embeddings(), name, revision, notes or {})
+        backbone = cls(model, tokenizer, model.get_output_embeddings(), name, revision, notes or {})
         check_backbone(backbone)
         return backbone
 
@@ -95,12 +94,13 @@ class Backbone:
 
     def describe(self) -> dict:
         """What decides an embedding made with this model, for provenance and fingerprints."""
-        quantisation = BUNDLED[self.name].quantisation if self.name in BUNDLED else "none"
-        about = {"model": self.name, "model_revision": self.revision, "model_fingerprint": self.fingerprint}
-        about |= {"quantisation": quantisation, "dtype": str(self.dtype).removeprefix("torch.")}
-        about |= {"device": device_name(self.device), "attention": self.model.config._attn_implementation}
         spread = getattr(self.model, "hf_device_map", None)
-        return about | ({"device_map": sorted(set(map(str, spread.values())))} if spread else {})
+        return {
+            "model": self.name, "model_revision": self.revision, "model_fingerprint": self.fingerprint,
+            "quantisation": BUNDLED[self.name].quantisation if self.name in BUNDLED else "none",
+            "dtype": str(self.dtype).removeprefix("torch."), "device": device_name(self.device),
+            "attention": self.model.config._attn_implementation,
+        } | ({"device_map": sorted(set(map(str, spread.values())))} if spread else {})
 
 
 def load_backbone(
@@ -114,9 +114,8 @@ def load_backbone(
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
         trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
 
-    Raises `ModelNotFoundError` for a model that is not installed, not downloaded while the hub does not answer, or
-    gated, and `UnsupportedModelError` for one that is not decoder-only with causal attention.
-    """
+    Raises `ModelNotFoundError` for a model that is neither here nor to be had from the hub, and `UnsupportedModelError`
+    for one that is not decoder-only with causal attention."""
     chosen, target, reason = choose(dtype, device)
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")
@@ -137,14 +136,13 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool) -> 
         options = {"device_map": device_map} | ({"attn_implementation": "eager"} if caps else {})
         # Any weight may be missing: many embedders come without the head that decodes them.
         return read_checkpoint("AutoModelForCausalLM", name, dtype, ("",), trust, **options)
+    except UnsupportedModelError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
         raise ModelNotFoundError(
-            f"Cannot load {name!r}: {error}\nIf it is a hub id: check the spelling and the network; a gated model "
-            "(Llama, Gemma) needs its licence accepted on its page and `huggingface-cli login`. If it is a folder: it "
-            f"must hold config.json, tokenizer and weights. Without a network use {DEFAULT_MODEL!r}."
-        ) from error
+            f"Cannot load {name!r}: {error}\nOf a hub id, check the spelling and the network; a gated model (Llama, "
+            "Gemma) needs its licence accepted on its page and `huggingface-cli login`. A folder holds config.json, "
+            f"tokenizer and weights. Without a network use {DEFAULT_MODEL!r}.") from error
 
 
 def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = (), trust=False, **options) -> tuple:
@@ -155,20 +153,12 @@ def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = 
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     if missing := [key for key in info["missing_keys"] if not key.startswith(unused)]:
         raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
-    revision = getattr(model.config, "_commit_hash", None) or "local folder"
-    return model.eval().requires_grad_(False), tokenizer, revision
+    return model, tokenizer, getattr(model.config, "_commit_hash", None) or "local folder"
 
 
 def _refuse_encoder_decoder(config, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; Token Prepending needs a decoder-only one.")
-
-
-def widen_norms(model: nn.Module) -> None:
-    """Set a float16 model's LayerNorms to float32, because they norm a float32 sum (see `safe_float16`)."""
-    half = model.dtype == torch.float16
-    for norm in [module for module in model.modules() if half and isinstance(module, nn.LayerNorm)]:
-        norm.float()
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
@@ -179,8 +169,8 @@ def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     found = [name for name in outer if len(lists[name]) == depth]
     if len(found) != 1:
-        expected = f"one list of {depth} decoder blocks in {type(model).__name__}"
-        raise UnsupportedModelError(f"Expected {expected}, found {found or 'none'}.")
+        kind = type(model).__name__
+        raise UnsupportedModelError(f"Expected one list of {depth} decoder blocks in {kind}, found {found or 'none'}.")
     return lists[found[0]], model.get_submodule(found[0].rpartition(".")[0])
 
 
@@ -197,8 +187,7 @@ def check_backbone(backbone: Backbone) -> None:
     if order != [(call, 2, 4) for call in range(n + 1)]:
         raise UnsupportedModelError(f"The blocks of {name} do not run once each, in order: {order[:8]}.")
     if backbone.final_norm is not None:
-        last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
-        normed = backbone.final_norm(last).float().to(final.device)
+        normed = backbone.final_norm(returned_tensor(outputs[-1])).float().to(final.device)
         if normed.shape == final.shape and not torch.allclose(normed, final.float(), rtol=1e-2, atol=1e-2):
             raise UnsupportedModelError(f"What was found as the final norm of {name} is not its last step.")
     change = (final[0, :3] - final[1, :3]).float().norm() / final[0, :3].float().norm()

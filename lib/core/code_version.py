@@ -37,10 +37,18 @@ def _read(root: Path, name: str) -> tuple[str, set[str]]:
     path = _path(root, name) or Path(getattr(sys.modules.get(name), "__file__", None) or "")
     if not path.is_file():
         return "", set()
-    tree = ast.parse(path.read_bytes())
-    imported = set(_imports(tree, root, name, name if path.name == "__init__.py" else name.rpartition(".")[0]))
-    for node in ast.walk(tree):  # take out what is nothing but a constant: docstrings
-        if isinstance(getattr(node, "body", None), list):
+    tree, imported = ast.parse(path.read_bytes()), set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names if _path(root, alias.name)}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            for full in (f"{source}.{alias.name}" for alias in node.names):
+                if source == "lib" and not _path(root, full):
+                    raise ValueError(f"{name} imports {full}; inside lib, import it from the module that defines it.")
+                imported.update([found for found in (full, source) if _path(root, found)][:1])
+        if isinstance(getattr(node, "body", None), list):  # take out what is nothing but a constant: docstrings
             node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
     return fingerprint(ast.dump(tree)), imported
 
@@ -50,15 +58,3 @@ def _path(root: Path, name: str) -> Path | None:
     stem = root.joinpath(*name.split("."))
     files = (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")
     return next((file for file in files if name.split(".")[0] == "lib" and file.is_file()), None)
-
-
-def _imports(tree: ast.Module, root: Path, name: str, package: str):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if _path(root, alias.name))
-        elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), package)
-            for full in (f"{source}.{alias.name}" for alias in node.names):
-                if source == "lib" and not _path(root, full):
-                    raise ValueError(f"{name} imports {full}; inside lib, import it from the module that defines it.")
-                yield from [found for found in (full, source) if _path(root, found)][:1]

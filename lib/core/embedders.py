@@ -1,9 +1,7 @@
 """The embedders of the key-token paper (arXiv 2406.17378): ordinary encoders, each with the model that decodes it.
 
-`embedders.yaml` is their table. `lib/studies/train_embedder.py` trains the adapter of one: the argument `trained`.
-"""
+`embedders.yaml` is their table. `lib/studies/train_embedder.py` trains the adapter of one: the argument `trained`."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,35 +13,26 @@ import yaml
 from huggingface_hub import auth_check, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from lib.core import backbone as loading
 from lib.core.adapters import merge_adapter, merged_backbone
-from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone, read_checkpoint
 from lib.core.bundled import BUNDLED
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import read_states
 from lib.core.hardware import choose
-from lib.core.pooling import Pooling
 from lib.core.postprocess import Normalise
-from lib.core.prompts import PLACEHOLDER, PROMPTS, SENTENCE, Prompt
+from lib.core.prompts import PROMPTS, SENTENCE, Prompt
 from lib.core.store import EmbeddingStore
 from lib.core.tokens import Batch
 
 WEIGHTS = tuple(f"{stem}{end}" for stem in ("model", "pytorch_model", "adapter_model")
                 for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"))
-MASK = "[MASK]"  # in a template: the place of the tokenizer's own mask token
-
-# From a backbone and the time before which no adapter counts to the folder of the adapter that is trained here.
-Trained = Callable[[Backbone, float], Path]
+_silence: list[str] = []  # why the hub did not answer; then it is not asked again
 
 
 @dataclass(frozen=True)
 class BothSides:
-    """The method of a model whose tokens attend to both sides: it masks padding, and puts a mask token at `[MASK]`.
+    """The method of a model whose tokens attend to both sides: it masks padding, and puts the mask token at `<PST>`.
     Its encoder needs `share_prefix=False`, because the states of a prefix depend on what comes after it."""
-
-    def templates(self, prompt: Prompt) -> tuple[str, ...]:
-        """The prompt's templates, with a placeholder for `[MASK]`."""
-        return tuple(template.replace(MASK, PLACEHOLDER) for template in prompt.templates)
 
     def check(self, backbone: Backbone) -> None:
         """Raise `UnsupportedModelError` if another last token leaves the first state as it is: the model is causal."""
@@ -92,9 +81,9 @@ class Entry:
         """The encoder of a format, `query` or `document`, on the loaded model."""
         usual = {"templates": (SENTENCE,), "clean": False, "pooling": self.pooling}
         prompt = PROMPTS[form] if isinstance(form, str) else Prompt(self.name, **usual | form)
-        method, finish = BothSides() if self.both_sides else None, Normalise() if self.normalised else None
-        options = {"postprocess": finish, "share_prefix": not self.both_sides, "store": store}
-        return SentenceEncoder(backbone, prompt, method, pooling=Pooling(self.pooling), **options)
+        both = {"method": BothSides(), "share_prefix": False} if self.both_sides else {}
+        both |= {"postprocess": Normalise()} if self.normalised else {}
+        return SentenceEncoder(backbone, prompt, pooling=self.pooling, store=store, **both)
 
 
 @dataclass(frozen=True)
@@ -118,66 +107,59 @@ EMBEDDERS = {name: Entry(name, **{"backbone": row["hub"]} | row) for name, row i
 def embedder_table() -> pd.DataFrame:
     """One row an embedder: what it is, how it reads a text, whether it aligns by its paper's repository, its status."""
     aligned, sides = {None: "not stated", True: "yes", False: "no"}, {True: "both sides", False: "causal"}
-    return pd.DataFrame([{
-        "embedder": e.name, "paper": e.paper, "decoded by": e.backbone, "attention": sides[e.both_sides],
-        "pooling": e.pooling, "aligned": aligned[e.aligned], "status": status(e),
-    } for e in EMBEDDERS.values()])
+    rows = [(e.name, e.paper, e.backbone, sides[e.both_sides], e.pooling, aligned[e.aligned], status(e))
+            for e in EMBEDDERS.values()]
+    return pd.DataFrame(rows, columns=["embedder", "paper", "decoded by", "attention", "pooling", "aligned", "status"])
 
 
-def status(entry: Entry) -> str:
+def status(entry: Entry, can_train: bool = True) -> str:
     """Whether it can be loaded: "ready", "on the hub: ...", "not reachable: ..." or "not supported: ..."."""
     if entry.obstacle:
         return f"not supported: {entry.obstacle}"
+    if entry.trained_here and not can_train:
+        return "not reachable: no `trained` was given"
     repos = dict.fromkeys((entry.hub, entry.backbone, *(() if entry.trained_here else entry.adapters)))
-    absent = []
-    for repo in repos:
-        here = not BUNDLED[repo].missing if repo in BUNDLED else Path(repo).is_dir()
-        if not here and not any(isinstance(try_to_load_from_cache(repo, file), str) for file in WEIGHTS):
-            absent.append(repo)
-    if not absent:
+    if not (absent := [repo for repo in repos if not _is_here(repo)]):
         return "ready, trained at its first use" if entry.trained_here else "ready"
     refusal, names = next(filter(None, map(_refusal, absent)), ""), ", ".join(absent)
     return f"not reachable: {names} not on this machine; {refusal}" if refusal else f"on the hub: {names}"
 
 
-_silence: list[str] = []  # why the hub did not answer; then it is not asked again
+def _is_here(repo: str) -> bool:
+    if repo in BUNDLED:
+        return not BUNDLED[repo].missing
+    return Path(repo).is_dir() or any(isinstance(try_to_load_from_cache(repo, file), str) for file in WEIGHTS)
 
 
 def _refusal(repo: str) -> str:
     """Why a repository cannot be had (gated, gone, no network), in one line; empty if it can."""
-    if repo in BUNDLED:
-        return BUNDLED[repo].command
-    if not _silence:
-        try:  # in a thread, because looking up the name of a host has no time limit (in seconds) of its own
-            return ThreadPoolExecutor(1).submit(auth_check, repo).result(timeout=8) or ""
-        except Exception as error:  # whatever the reason: a status, and no end of a notebook
-            reason = str(error).strip().partition("\n")[0] or "the hub did not answer"
-            if isinstance(error, HfHubHTTPError):
-                return reason
-            _silence.append(reason)
-    return _silence[0]
+    if repo in BUNDLED or _silence:
+        return BUNDLED[repo].command if repo in BUNDLED else _silence[0]
+    try:  # in a thread, because looking up the name of a host has no time limit (in seconds) of its own
+        return ThreadPoolExecutor(1).submit(auth_check, repo).result(timeout=8) or ""
+    except Exception as error:  # whatever the reason: a status, and no end of a notebook
+        reason = str(error).strip().partition("\n")[0] or "the hub did not answer"
+        _silence.extend([] if isinstance(error, HfHubHTTPError) else [reason])
+        return reason
 
 
 def load_embedder(
     name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
-    store: EmbeddingStore | None = None, trained: Trained | None = None,
+    store: EmbeddingStore | None = None, trained=None,
 ) -> Embedder:
     """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own.
 
     Args:
         dtype, device: as of `load_backbone`; where the decoding `backbone` is given, its own are taken.
         store: for both encoders; its `fresh_since` holds for a trained adapter too.
-        trained: `lib.studies.train_embedder.trained_adapter`, without which the embedder that it trains cannot be had.
+        trained: `lib.studies.train_embedder.trained_adapter`, for the embedder that it trains: (backbone, time before
+            which no adapter counts) -> the adapter's folder.
 
-    Raises `ValueError` for an unknown name, a `backbone` that does not decode it and an adapter that does not fit,
-    `ModelNotFoundError` where a part is not to be had, and `UnsupportedModelError` where the checkpoint lacks weights
-    or cannot attend to both sides here.
-    """
-    entry = name if isinstance(name, Entry) else EMBEDDERS.get(name)
-    if entry is None:
+    Raises `ValueError` for an unknown name, another `backbone` than its own and an adapter that does not fit, and as
+    `load_backbone`, also where the checkpoint lacks weights or cannot attend to both sides here."""
+    if not (entry := name if isinstance(name, Entry) else EMBEDDERS.get(name)):
         raise ValueError(f"Unknown embedder {name!r}; choose from {', '.join(EMBEDDERS)} or pass an Entry.")
-    state = "not reachable: no `trained` was given" if entry.trained_here and not trained else status(entry)
-    if state.startswith("not "):
+    if (state := status(entry, trained is not None)).startswith("not "):
         raise (UnsupportedModelError if entry.obstacle else ModelNotFoundError)(f"{entry.name}: {state}")
     if backbone is not None and backbone.name != entry.backbone:
         raise ValueError(f"{entry.name} is decoded by {entry.backbone}, not by {backbone.name}.")
@@ -195,14 +177,12 @@ def load_embedder(
     return Embedder(entry.name, query, document, decoder)
 
 
-def embedder_of(
-    backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None, trained: Trained | None = None
-) -> Embedder:
+def embedder_of(backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None, trained=None) -> Embedder:
     """An embedder that `backbone` decodes, by its name in `EMBEDDERS`; arguments and errors as in `load_embedder`.
-    "auto" is the first that was trained from this backbone and can be had, or else the backbone with PromptEOL, under
-    the name "prompteol": the paper counts it among its embedders too."""
+    "auto" is the first that was trained from this backbone and can be had, else "prompteol", the backbone with
+    PromptEOL, which the paper counts among its embedders too."""
     made = [e for e in EMBEDDERS.values() if e.backbone == backbone.name and (e.adapters or e.hub != e.backbone)]
-    usable = (e.name for e in made if (trained or not e.trained_here) and not status(e).startswith("not "))
+    usable = (e.name for e in made if not status(e, trained is not None).startswith("not "))
     if name := next(usable, "") if name == "auto" else name:
         return load_embedder(name, backbone=backbone, store=store, trained=trained)
     encoder = SentenceEncoder(backbone, "prompteol", store=store)
@@ -213,19 +193,18 @@ def _load_decoder(entry: Entry, dtype: str, device: str) -> Backbone:
     if entry.decoder == "AutoModelForCausalLM":
         return load_backbone(entry.backbone, dtype, device)
     chosen, target, _ = choose(dtype, device)
-    model, tokenizer, revision = loading.read_checkpoint(entry.decoder, entry.backbone, chosen)
+    model, tokenizer, revision = read_checkpoint(entry.decoder, entry.backbone, chosen)
     head = next(part for key, part in model.named_children() if key != model.base_model_prefix)
-    return Backbone(model.to(target), tokenizer, loading.find_blocks(model)[0], None, head, entry.backbone, revision)
+    return Backbone(model.to(target), tokenizer, head, entry.backbone, revision)
 
 
 def _load_both_sides(entry: Entry, decoder: Backbone) -> Backbone:
     """The embedding model with attention to both sides, which a decoder-only one gets from `config.is_causal`."""
     unused = () if entry.pooling == "pooler" else ("pooler.",)
-    model, tokenizer, revision = loading.read_checkpoint(entry.loader, entry.hub, decoder.dtype, unused)
+    model, tokenizer, revision = read_checkpoint(entry.loader, entry.hub, decoder.dtype, unused)
     model = model.to(decoder.device)
     for adapter in entry.adapters:
         model, revision = merge_adapter(model, adapter), f"{revision} + {Path(adapter).name}"
-    loading.widen_norms(model)
     model.config.is_causal = False
 
     def check_mask(_, __, inputs):  # without BothSides, it would attend to padding
@@ -233,4 +212,4 @@ def _load_both_sides(entry: Entry, decoder: Backbone) -> Backbone:
             raise ValueError(f"{entry.name} attends to both sides, so it needs the method BothSides.")
 
     model.base_model.register_forward_pre_hook(check_mask, with_kwargs=True)
-    return Backbone(model, tokenizer, loading.find_blocks(model)[0], None, decoder.unembedding, entry.name, revision)
+    return Backbone(model, tokenizer, decoder.unembedding, entry.name, revision)

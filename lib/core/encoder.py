@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from lib.core import processes
 from lib.core.backbone import Backbone
 from lib.core.code_version import code_version
 from lib.core.forward import check_finite, run_prefix, shares_prefix
-from lib.core.hardware import halves, is_out_of_memory, token_batches, token_budget
-from lib.core.pooling import POOLINGS, Pooling
+from lib.core.hardware import token_batches, token_budget
+from lib.core.pooling import Pooling
 from lib.core.postprocess import Normalise, Postprocess
 from lib.core.prompts import PLACEHOLDER, Prompt, get_prompt
 from lib.core.store import EmbeddingStore, fingerprint
@@ -24,11 +25,9 @@ from lib.core.tokens import Batch, PromptTokenizer, TokenRows
 CHUNK = 2048  # sentences that are encoded together and then stored: what an interrupt can cost
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """What is computed together: the rows of one template and one chunk of texts, and which of them form a batch."""
 
-    template: str
     rows: TokenRows
     batches: list[list[int]]
 
@@ -41,20 +40,18 @@ class SentenceEncoder:
         backbone: from `load_backbone`; several encoders can share it.
         prompt: a name in `lib.core.prompts.PROMPTS`, or a `Prompt`.
         method: what is changed inside the forward pass; None is the baseline. An object as `TokenPrepending` is, with
-            `templates(prompt)`, the prompt's with the placeholders that it needs, and `check(backbone)`, which both
-            raise `ValueError` if it does not suit them; `attach(backbone, batch)`, a context manager in which forward
-            passes on the batch run with it, and which leaves nothing behind; `describe()`, it as plain data.
-        exit_layer: which state is the embedding: n is the output of block n - 1, before the final norm; -1 (or the
-            number of blocks) is the last block's output after it. Later blocks are not run.
-        pooling: a `Pooling` or its name, `"last"`, `"mean"` or `"weighted_mean"`; None takes the prompt's own.
+            `attach(backbone, batch)`, a context manager in which forward passes on the batch run with it, and which
+            leaves nothing behind; `describe()`, it as plain data; and where needed `templates(prompt)`, the prompt's
+            with its placeholders, and `check(backbone)`, which both raise `ValueError` if it does not suit them.
+        exit_layer: which state is the embedding, as `Backbone` counts them. Later blocks are not run.
+        pooling: a `Pooling` or its name, such as `"last"` or `"mean"`; None takes the prompt's own.
         postprocess: what is done to finished embeddings (`lib.core.postprocess`); None leaves them as they are.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
         share_prefix: run the part of the prompt before the sentence once and not for every sentence.
         store: an `EmbeddingStore`; embeddings found there are not computed again.
 
     Raises `ValueError` for an unknown prompt or pooling, a layer that does not exist, a method that does not suit the
-    prompt or the model, and for no method on a prompt whose template holds a placeholder.
-    """
+    prompt or the model, and for no method on a prompt whose template holds a placeholder."""
 
     backbone: Backbone
     prompt: str | Prompt = "prompteol"
@@ -70,16 +67,11 @@ class SentenceEncoder:
     def __post_init__(self):
         backbone, method, prompt = self.backbone, self.method, get_prompt(self.prompt)
         self.prompt, self.exit_layer = prompt, backbone.layer_index(self.exit_layer)
-        pooling = self.pooling or prompt.pooling
-        if isinstance(pooling, str) and pooling not in POOLINGS:
-            raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)} or pass a pooling.")
-        self.pooling = POOLINGS[pooling] if isinstance(pooling, str) else pooling
-        self.max_length = min(self.max_length, backbone.max_length)
-        if hasattr(self.pooling, "check"):
-            self.pooling.check(backbone)
-        if method:
-            method.check(backbone)
-        self.templates = method.templates(prompt) if method else prompt.templates
+        self.pooling, self.max_length = self.pooling or prompt.pooling, min(self.max_length, backbone.max_length)
+        self.pooling = Pooling(self.pooling) if isinstance(self.pooling, str) else self.pooling
+        for choice in filter(lambda choice: hasattr(choice, "check"), (self.pooling, method)):
+            choice.check(backbone)
+        self.templates = method.templates(prompt) if hasattr(method, "templates") else prompt.templates
         if not method and any(PLACEHOLDER in template for template in self.templates):
             raise ValueError(f"Prompt {prompt.name!r} holds a placeholder, so it needs a method that uses it.")
         self.tokenize = PromptTokenizer(backbone.tokenizer, self.max_length, prompt.before, prompt.after)
@@ -102,13 +94,11 @@ class SentenceEncoder:
             normalize_embeddings: scale each embedding to length 1.
 
         Raises `ValueError` for an empty list or a batch size below 1, `TypeError` for an item that is not a string, and
-        `FloatingPointError` for a state that is not finite (float16 overflows in some models).
-        """
-        single = isinstance(sentences, str)
-        texts = [sentences] if single else sentences
-        embeddings = self.encode_layers(texts, [self.exit_layer], batch_size, show_progress_bar)[self.exit_layer]
+        `FloatingPointError` for a state that is not finite (float16 overflows in some models)."""
+        if isinstance(sentences, str):
+            return self.encode([sentences], batch_size, show_progress_bar, convert_to_numpy, normalize_embeddings)[0]
+        (embeddings,) = self.encode_layers(sentences, [self.exit_layer], batch_size, show_progress_bar).values()
         embeddings = Normalise()(embeddings) if normalize_embeddings else embeddings
-        embeddings = embeddings[0] if single else embeddings
         return embeddings if convert_to_numpy else torch.from_numpy(embeddings)
 
     def encode_layers(
@@ -119,8 +109,7 @@ class SentenceEncoder:
         Arguments and errors as in `encode`; besides, `ValueError` for another layer than the one of the postprocess."""
         if isinstance(sentences, str):
             raise TypeError("Expected a list of sentences, got one string; encode takes a single string.")
-        sentences = list(sentences)
-        if not sentences:
+        if not (sentences := list(sentences)):
             raise ValueError("There is nothing to encode: the list of sentences is empty.")
         for i, sentence in enumerate(sentences):
             if not isinstance(sentence, str):
@@ -130,35 +119,27 @@ class SentenceEncoder:
         index = {layer: self.backbone.layer_index(layer) for layer in layers}
         if self.postprocess and set(index.values()) != {self.exit_layer}:
             raise ValueError(f"The postprocess belongs to layer {self.exit_layer}; no other can be read with it.")
-        texts = [self.prompt.prepare(sentence) for sentence in sentences]
-        parts, wanted, total = chunks(texts), sorted(set(index.values())), {}
+        texts, wanted, count = list(map(self.prompt.prepare, sentences)), sorted({*index.values()}), len(self.templates)
+        parts, total = chunks(texts), dict.fromkeys(wanted, 0)
         position = {text: i for i, text in enumerate(chain(*parts))}
         show = len(position) > 1000 if show_progress_bar is None else show_progress_bar
-        count, name = len(self.templates), self.prompt.name
-        with tqdm(total=count * len(position), desc=name, unit="sentence", disable=not show, leave=False) as bar:
+        options = {"desc": self.prompt.name, "unit": "sentence", "disable": not show, "leave": False}
+        with tqdm(total=count * len(position), **options) as bar:
             for template in self.templates:
                 states = [self._stored_or_computed(template, part, wanted, batch_size, bar) for part in parts]
                 for n in wanted:
-                    total[n] = total.get(n, 0) + np.concatenate([part[n] for part in states]) / np.float32(count)
+                    total[n] += np.concatenate([part[n] for part in states]) / np.float32(count)
         rows, finish = [position[text] for text in texts], self.postprocess or np.asarray
         return {layer: finish(total[n][rows]) for layer, n in index.items()}
 
     def describe(self) -> dict:
         """The encoder as plain data, for the provenance of a result."""
         prompt, method, finish = self.prompt, self.method, self.postprocess
-        about = {"prompt": prompt.name, "templates": list(prompt.templates), "cleaned": prompt.clean}
-        about |= {"around": [list(prompt.before), list(prompt.after)], "method": method and method.describe()}
-        about |= {name: getattr(self, name) for name in ("exit_layer", "max_length", "share_prefix")}
-        about |= {**self.pooling.describe(), "postprocess": finish and finish.describe()}
-        return self.backbone.describe() | about
-
-    def key(self, template: str, layer: int, texts: list[str], batch_size: int | None) -> str:
-        """Fingerprint of all that decides these embeddings before the postprocess. The prompt's name does not, so that
-        CK finds what CoT and KE stored; all texts computed together do, because neighbours decide the rounding."""
-        left_out = ("prompt", "templates", "exit_layer", "postprocess")
-        choices = {name: value for name, value in self.describe().items() if name not in left_out}
-        run = {"template": template, "layer": layer, "texts": texts, "batch_size": batch_size, "code": self.code}
-        return fingerprint(choices | run)
+        return self.backbone.describe() | {
+            "prompt": prompt.name, "templates": list(prompt.templates), "cleaned": prompt.clean,
+            "around": [list(prompt.before), list(prompt.after)], "method": method and method.describe(),
+            "exit_layer": self.exit_layer, "max_length": self.max_length, "share_prefix": self.share_prefix,
+            **self.pooling.describe(), "postprocess": finish and finish.describe()}
 
     def passes(self, sentences: Sequence[str], batch_size: int | None = None) -> list[Pass]:
         """What `encode` computes, template by template and chunk by chunk, without the computation."""
@@ -179,11 +160,17 @@ class SentenceEncoder:
         if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
             rows.prefix = 0
         budget = token_budget(self.backbone.device)
-        return Pass(template, rows, token_batches([len(row) - rows.prefix for row in rows.ids], budget, batch_size))
+        return Pass(rows, token_batches([len(row) - rows.prefix for row in rows.ids], budget, batch_size))
 
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict:
-        """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored."""
-        keys = {n: self.key(template, n, texts, batch_size) for n in layers} if self.store else {}
+        """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored.
+
+        A key is of all that decides embeddings before the postprocess. The prompt's name does not, so that CK finds
+        what CoT and KE stored; all texts computed together do, because neighbours decide the rounding."""
+        left_out = dict.fromkeys(("prompt", "templates", "exit_layer", "postprocess"))
+        run = {"template": template, "texts": texts, "batch_size": batch_size, "code": self.code}
+        about = self.describe() | left_out | run if self.store else {}
+        keys = {n: fingerprint(about | {"layer": n}) for n in layers} if self.store else {}
         states = processes.from_main(lambda: {n: self.store.load(key) for n, key in keys.items()}) if keys else {}
         if not states or any(rows is None for rows in states.values()):
             states = self._compute(self._pass(template, texts, batch_size), layers, bar)
@@ -193,21 +180,22 @@ class SentenceEncoder:
 
     def _compute(self, work: Pass, layers: list[int], bar: tqdm) -> dict[int, np.ndarray]:
         """Run the model, or of several processes each its share of the batches: layer -> float32 (texts, hidden)."""
-        rows, prefix, done = work.rows, None, []
-        if rows.prefix:
-            ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
-            prefix = run_prefix(self.backbone, ids, max(layers))
+        rows, done = work.rows, []
+        ids = torch.tensor(rows.ids[0][: rows.prefix], device=self.backbone.device)
+        prefix = run_prefix(self.backbone, ids, max(layers)) if rows.prefix else None
         waiting = work.batches[processes.index() :: processes.count()][::-1]
         while waiting:
             batch, states = waiting.pop(), None
             try:
                 states = self.forward(self.batch(rows, batch), layers, prefix)
             except RuntimeError as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
+                no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if len(batch) == 1 or not no_memory:
                     raise
             if states is None:  # outside `except`, whose error would keep the failed pass's activations alive
                 warnings.warn(f"Out of memory with {len(batch)} sentences in a batch; halving batches.", stacklevel=2)
-                waiting = [half for whole in [*waiting, batch] for half in halves(whole)]
+                middles = [((len(whole) + 1) // 2, whole) for whole in (*waiting, batch)]
+                waiting = [half for k, whole in middles for half in (whole[k:], whole[:k]) if half]
             else:
                 done.append((batch, {n: pooled.float().cpu().numpy() for n, pooled in states.items()}))
                 bar.update(len(batch))

@@ -1,8 +1,7 @@
 """Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once.
 
 Hooks work on the *inputs* of the decoder blocks: in every architecture a block's input is a plain tensor, equal to
-`hidden_states[i]` of Hugging Face, while outputs differ in shape between families.
-"""
+`hidden_states[i]` of Hugging Face, while outputs differ in shape between families."""
 
 from __future__ import annotations
 
@@ -35,13 +34,23 @@ def replace_input(states: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tupl
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
+def returned_tensor(output):
+    """The states that a module returns, alone or with other things behind them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
+def active(hooks: Iterable):
+    """Hooks, registered one by one, until the block is left, also by an error."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield
+
+
 def before_blocks(backbone: Backbone, indices: Iterable[int], hook: Callable):
     """While active, `hook(index, block, args, kwargs)` is a forward pre-hook of each of these decoder blocks."""
-    with ExitStack() as hooks:
-        for i in indices:
-            hooks.enter_context(backbone.layers[i].register_forward_pre_hook(partial(hook, i), with_kwargs=True))
-        yield
+    return active(backbone.layers[i].register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i in indices)
 
 
 @contextmanager
@@ -51,10 +60,10 @@ def safe_float16(first_block: nn.Module, device: torch.device, dtype: torch.dtyp
     def widen(_, args, kwargs):
         return replace_input(block_input(args, kwargs).float(), args, kwargs)
 
-    with ExitStack() as active:
+    with ExitStack() as stack:
         if dtype == torch.float16:
-            active.enter_context(first_block.register_forward_pre_hook(widen, with_kwargs=True, prepend=True))
-            active.enter_context(torch.autocast(device.type, torch.float16))
+            stack.enter_context(first_block.register_forward_pre_hook(widen, with_kwargs=True, prepend=True))
+            stack.enter_context(torch.autocast(device.type, torch.float16))
         yield
 
 
@@ -79,8 +88,7 @@ def read_states(
         input_ids: int64 (batch, tokens). Pad on the right: under causal attention that needs no mask.
         layers: state indices 0..num_layers, see `Backbone`. prefix: from `run_prefix`, of the tokens before these.
         read: takes a state (batch, tokens, hidden) and returns what to keep of it.
-        inputs: handed to the model (`attention_mask` and `position_ids` where the padding is on the left).
-    """
+        inputs: handed to the model (`attention_mask` and `position_ids` where the padding is on the left)."""
     wanted = sorted({backbone.layer_index(n) for n in layers})
     kept, stop = {}, _Stop()
 
@@ -94,8 +102,7 @@ def read_states(
         try:
             output = backbone.base(input_ids=input_ids, past_key_values=prefix, use_cache=prefix is not None, **inputs)
             if not hasattr(output, "last_hidden_state"):
-                gives = f"{backbone.name} without its head gives {type(output).__name__}"
-                raise UnsupportedModelError(f"{gives}, which has no states.")
+                raise UnsupportedModelError(f"{backbone.name} without its head gives a {type(output).__name__} only.")
             kept[backbone.num_layers] = read(output.last_hidden_state)
         except _Stop as raised:
             if raised is not stop:
@@ -110,8 +117,7 @@ class _Prefix(DynamicCache):
     """Keys and values of a shared prefix: the first pass fills it, later ones read it without appending theirs."""
 
     def __init__(self):
-        # Without the model's config: a sliding-window layer would drop keys that a long prefix still needs.
-        super().__init__()
+        super().__init__()  # without the model's config: a sliding window would drop keys that are still needed
         self.kept, self.filled = {}, False
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -121,6 +127,11 @@ class _Prefix(DynamicCache):
             return super().update(*own, layer_idx, *args, **kwargs)
         joined = zip(self.kept[layer_idx], own)
         return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], dim=-2) for old, new in joined)
+
+
+def probe_ids(backbone: Backbone) -> torch.Tensor:
+    """Eight tokens for a pass that looks at the model's structure, int64 (1, 8)."""
+    return torch.arange(5, 13, device=backbone.device)[None] % backbone.embeddings.weight.shape[0]
 
 
 @torch.inference_mode()
@@ -139,8 +150,7 @@ def shares_prefix(backbone: Backbone) -> bool:
     """Whether this model gives the same states when a prefix's keys and values are reused. Checked once per model; if
     not, it warns: embeddings are then computed from whole prompts, which is slower and just as right."""
     if "shares_prefix" not in vars(backbone):
-        ids = torch.arange(5, 13, device=backbone.device)[None] % backbone.embeddings.weight.shape[0]
-        n = backbone.num_layers
+        ids, n = probe_ids(backbone), backbone.num_layers
         whole = read_states(backbone, ids, [n])[n][:, 4:].float()
         try:
             joined = read_states(backbone, ids[:, 4:], [n], prefix=run_prefix(backbone, ids[0, :4], n))[n].float()

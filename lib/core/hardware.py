@@ -41,11 +41,11 @@ def device_name(device: torch.device) -> str:
     """A readable name of the hardware behind a torch device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
     file = Path("/proc/cpuinfo")
-    text = file.read_text() if device.type == "cpu" and file.exists() else ""
-    model = re.search(r"^model name\s*:\s*(\S.*?)\s*$", text, re.MULTILINE)
-    unnamed = platform.processor() or platform.machine() if device.type == "cpu" else str(device)
-    return model[1] if model else unnamed
+    model = re.search(r"^model name\s*:\s*(\S.*?)\s*$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def token_budget(device: torch.device) -> int:
@@ -63,14 +63,3 @@ def token_batches(lengths: list[int], budget: int, batch_size: int | None = None
             longest = max(lengths[i], 1)
         batches[-1].append(i)
     return batches
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised this because an accelerator or the machine had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halves(batch: list[int]) -> list[list[int]]:
-    """The two halves of a batch, the later one first; a batch of one stays whole."""
-    middle = (len(batch) + 1) // 2
-    return [batch[middle:], batch[:middle]] if len(batch) > 1 else [batch]

@@ -1,18 +1,14 @@
-"""A `SentenceEncoder` as an encoder of mteb (version 2), for `mteb.evaluate`. mteb is needed here alone."""
+"""A `SentenceEncoder` as an encoder for `mteb.evaluate`; nothing else needs mteb: `pip install "mteb>=2,<3"`."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
 
 from lib.core.encoder import SentenceEncoder
 from lib.core.store import fingerprint
-
-try:
-    from mteb.models import ModelMeta
-    from mteb.models.abs_encoder import AbsEncoder
-except ImportError as error:
-    raise ImportError(f'lib.core.mteb_encoder cannot import mteb ({error}): pip install "mteb>=2,<3"') from error
 
 
 class MtebEncoder(AbsEncoder):
@@ -20,19 +16,15 @@ class MtebEncoder(AbsEncoder):
 
     The encoder's own prompt is used for every task and both sides of a pair, none of mteb's instructions. mteb files
     results by name and revision (`mteb_identity`) and by `experiment_kwargs`: the main settings as plain values (mteb
-    hashes a long list) and a fingerprint of all settings and of the code. Similarity is the cosine.
-    """
+    hashes a long list) and a fingerprint of all settings and of the code. Similarity is the cosine."""
 
     def __init__(self, encoder: SentenceEncoder):
         name, revision = mteb_identity(encoder.backbone.name, encoder.backbone.revision, encoder.backbone.fingerprint)
         about = encoder.describe()
         method = about["method"] or {"method": "baseline"}
-        method = {key: method[key] for key in ("method", "start", "end", "init") if key in method}
-        if not isinstance(method.get("init", ""), str):
-            method["init"] = "vector"
         experiment = {key: about[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
-        experiment |= {key if key == "method" else f"method_{key}": value for key, value in method.items()}
-        experiment["setting"] = fingerprint(about | {"code": encoder.code})
+        experiment |= {f"method_{key}": method[key] for key in ("start", "end") if key in method}
+        experiment |= {"method": method["method"], "setting": fingerprint(about | {"code": encoder.code})}
         overwrites = {"name": name, "revision": revision, "experiment_kwargs": experiment}
         self.encoder, self.mteb_model_meta = encoder, ModelMeta.create_empty(overwrites=overwrites)
 
@@ -40,8 +32,7 @@ class MtebEncoder(AbsEncoder):
         """Embed mteb's batches, dicts with a list of texts in `"text"`: float32 (texts, hidden), in their order.
 
         `kwargs` are mteb's `encode_kwargs`: what `SentenceEncoder.encode` takes, such as `batch_size`. The other
-        arguments tell of the task, and change nothing. Raises `ValueError` for a `precision` other than float32.
-        """
+        arguments tell of the task, and change nothing. Raises `ValueError` for a `precision` other than float32."""
         if (precision := kwargs.pop("precision", "float32")) != "float32":
             raise ValueError(f"Embeddings come in float32 only, not as precision={precision!r}.")
         return self.encoder.encode([text for batch in inputs for text in batch["text"]], **kwargs)

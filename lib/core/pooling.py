@@ -27,12 +27,13 @@ def mean_state(states: torch.Tensor, first: torch.Tensor, last: torch.Tensor, we
 
 # What is read of one layer's states, (batch, tokens, hidden) -> (batch, hidden).
 READS = {
-    "last": lambda states, batch: last_state(states, batch.last),
-    "mean": lambda states, batch: mean_state(states, batch.first, batch.last),
-    "weighted_mean": lambda states, batch: mean_state(states, batch.first, batch.last, weighted=True),
-    "all": lambda states, batch: mean_state(states, torch.zeros_like(batch.last), batch.last),
-    "first": lambda states, batch: states[:, 0],
-    "mask": lambda states, batch: last_state(states, batch.placeholders[:, 0]),
+    "last": lambda states, batch, _: last_state(states, batch.last),
+    "mean": lambda states, batch, _: mean_state(states, batch.first, batch.last),
+    "weighted_mean": lambda states, batch, _: mean_state(states, batch.first, batch.last, weighted=True),
+    "all": lambda states, batch, _: mean_state(states, torch.zeros_like(batch.last), batch.last),
+    "first": lambda states, batch, _: states[:, 0],
+    "mask": lambda states, batch, _: last_state(states, batch.placeholders[:, 0]),
+    "pooler": lambda states, batch, backbone: backbone.base.pooler(states),
 }
 
 
@@ -41,12 +42,17 @@ class Pooling:
     """What an encoder reads. One of your own is any object with `needs_span`, `read` and `describe`; where it
     has `check(backbone)`, that is called before any method is attached.
 
-    Names beside those of `POOLINGS` are for models whose tokens attend to both sides: `"all"`, the mean state of all
-    tokens, special tokens included; `"first"`, the first token's state; `"mask"`, the mask token's; `"pooler"`, what
-    the model's own pooler makes of the first token's last state.
-    """
+    Names are `"last"`, the state of the prompt's last token; `"mean"`, the mean state from the first token of the
+    sentence's last occurrence to the end of the prompt; and `"weighted_mean"`, where the k-th of those tokens weighs k,
+    counting from 1 (SGPT, arXiv 2202.08904). For models whose tokens attend to both sides, also `"all"`, the mean state
+    of all tokens, special tokens included; `"first"`, the first token's state; `"mask"`, the mask token's; `"pooler"`,
+    what the model's own pooler makes of the first token's last state. `ValueError` for another name."""
 
     name: str
+
+    def __post_init__(self):
+        if self.name not in READS:
+            raise ValueError(f"Unknown pooling {self.name!r}; choose from {', '.join(READS)} or pass one of your own.")
 
     @property
     def needs_span(self) -> bool:
@@ -57,29 +63,9 @@ class Pooling:
         """Run the batch up to the last of `layers`: layer -> (batch, hidden). A pooler reads the last state only."""
         if self.name == "pooler" and list(layers) != [backbone.num_layers]:
             raise ValueError(f"The pooler of {backbone.name} works on the last state only, not on {list(layers)}.")
-        pick = (READS | {"pooler": lambda states, _: backbone.base.pooler(states)})[self.name]
-        return read_states(backbone, batch.ids, layers, lambda states: pick(states, batch), prefix)
+        pick = READS[self.name]
+        return read_states(backbone, batch.ids, layers, lambda states: pick(states, batch, backbone), prefix)
 
     def describe(self) -> dict:
         """The pooling as plain data."""
         return {"pooling": self.name}
-
-
-class LastToken(Pooling):
-    """The state of the prompt's last token."""
-
-    def __init__(self):
-        super().__init__("last")
-
-
-class Mean(Pooling):
-    """The mean state, from the first token of the sentence's last occurrence to the end of the prompt.
-
-    If `weighted`, the k-th of those tokens weighs k, counting from 1 (SGPT, arXiv 2202.08904).
-    """
-
-    def __init__(self, weighted: bool = False):
-        super().__init__("weighted_mean" if weighted else "mean")
-
-
-POOLINGS: dict[str, Pooling] = {"last": LastToken(), "mean": Mean(), "weighted_mean": Mean(weighted=True)}

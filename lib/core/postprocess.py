@@ -14,8 +14,7 @@ class Postprocess:
     """Called with embeddings, float32 (texts, hidden), it returns them changed.
 
     It may hold a vector (hidden,) or a matrix (hidden, kept), and numbers. `fitted_on` says in words on what; it goes
-    into the provenance. What was fitted can be saved, and loaded by `load_postprocess`.
-    """
+    into the provenance. What was fitted can be saved, and loaded by `load_postprocess`."""
 
     def __init__(self, vector: np.ndarray = (), fitted_on: str = "", **numbers: float):
         self.vector, self.fitted_on, self.numbers = np.asarray(vector, np.float64), fitted_on, numbers
@@ -28,8 +27,7 @@ class Postprocess:
 
     def save(self, path: Path) -> None:
         """Write it to one `.npz` file."""
-        about = {"name": type(self).__name__, "numbers": self.numbers, "fitted_on": self.fitted_on}
-        np.savez(path, vector=self.vector, about=json.dumps(about))
+        np.savez(path, vector=self.vector, about=json.dumps(self.describe()))
 
 
 class Normalise(Postprocess):
@@ -79,10 +77,8 @@ class MeanDirectionRemoved(ComponentRemoved):
 
 
 class EmbedFilter(Postprocess):
-    """Projects states after the final norm on the middle of the unembedding's spectrum (arXiv 2606.07502).
-
-    Fitted on the model alone. Its result is float32 (texts, hidden / tau).
-    """
+    """Projects states after the final norm on the middle of the unembedding's spectrum, float32 (texts, hidden / tau).
+    Fitted on the model alone (arXiv 2606.07502)."""
 
     @classmethod
     def fit(cls, backbone: Backbone, tau: int = 2) -> "EmbedFilter":
@@ -113,28 +109,23 @@ class ComponentShifted(Postprocess):
         return (embeddings + self.numbers["amount"] * self.vector).astype(np.float32)
 
 
-KINDS = {
-    kind.__name__: kind
-    for kind in (Normalise, MeanRemoved, ComponentRemoved, MeanDirectionRemoved, EmbedFilter, ComponentShifted)
-}
-
-
 def load_postprocess(path: Path) -> Postprocess:
     """What `Postprocess.save` wrote. Raises `ValueError` for a kind that does not exist."""
     with np.load(path, allow_pickle=False) as file:
-        about, vector = json.loads(str(file["about"])), file["vector"]
-    if about["name"] not in KINDS:
-        raise ValueError(f"{path} holds a {about['name']!r}; choose from {', '.join(KINDS)}.")
-    return KINDS[about["name"]](vector, fitted_on=about["fitted_on"], **about["numbers"])
+        about = json.loads(str(file["about"])) | {"vector": file["vector"]}
+    kinds = Normalise, MeanRemoved, ComponentRemoved, MeanDirectionRemoved, EmbedFilter, ComponentShifted
+    name, kinds = about.pop("postprocess"), {kind.__name__: kind for kind in kinds}
+    if name not in kinds:
+        raise ValueError(f"{path} holds a {name!r}; choose from {', '.join(kinds)}.")
+    return kinds[name](**about)
 
 
 def principal_components(embeddings: np.ndarray, centre: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Singular value decomposition of embeddings (texts, hidden), less their mean if `centre`.
 
-    Returns the components, float64 (components, hidden), orthonormal right singular vectors u_1, u_2, ... as rows, and
-    the singular values, float64, largest first. The sign of a component is free; here the texts' mean lies on its
-    positive side, so that a negative change along it means less of what all texts share.
-    """
+    Returns the orthonormal right singular vectors u_1, u_2, ... as rows, float64 (components, hidden), and the singular
+    values, float64, largest first. The sign of a component is free; here the texts' mean lies on its positive side, so
+    that a negative change along it means less of what all texts share."""
     embeddings = np.asarray(embeddings, np.float64)
     mean = embeddings.mean(axis=0)
     _, values, components = np.linalg.svd(embeddings - mean if centre else embeddings, full_matrices=False)

@@ -28,10 +28,8 @@ class Prompt:
     Args:
         templates: each holds `{sentence}`; the embeddings of several templates are averaged.
         pooling: how the embedding is read unless the encoder says otherwise, the name of a `lib.core.pooling.Pooling`.
-        clean: whether the papers' sentence cleaning is applied first.
-        source: where the prompt comes from.
-        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens.
-    """
+        clean: whether the papers' sentence cleaning is applied first. source: where the prompt comes from.
+        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens."""
 
     name: str
     templates: tuple[str, ...]
@@ -47,17 +45,15 @@ class Prompt:
 
     def with_placeholder(self, place: str, count: int = 1) -> tuple[str, ...]:
         """The templates with `count` placeholders at `place`, one of `PLACES`. One that holds `<PST>` is left alone."""
-        return tuple(_insert(template, place, PLACEHOLDER * count) for template in self.templates)
+        marks, placeholder = f'"{SENTENCE}"', PLACEHOLDER * count
+        beside = {"in_quote": f"{placeholder} {SENTENCE}", "after_text": f"{SENTENCE} {placeholder}"}
 
+        def insert(template: str) -> str:  # which may have no quotation marks around its sentence
+            text = template if place == "start" else marks if marks in template else SENTENCE
+            new = text.replace(SENTENCE, beside[place]) if place in beside else f"{placeholder} {text}"
+            return template.replace(text, new)
 
-def _insert(template: str, place: str, placeholder: str) -> str:
-    if PLACEHOLDER in template:
-        return template
-    marks = f'"{SENTENCE}"'  # a template may have none around its sentence
-    text = template if place == "start" else marks if marks in template else SENTENCE
-    beside = {"in_quote": f"{placeholder} {SENTENCE}", "after_text": f"{SENTENCE} {placeholder}"}
-    new = text.replace(SENTENCE, beside[place]) if place in beside else f"{placeholder} {text}"
-    return template.replace(text, new)
+        return tuple(text if PLACEHOLDER in text else insert(text) for text in self.templates)
 
 
 _ENTRIES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

@@ -22,11 +22,8 @@ INITS = ("normal", "zeros", "ones", "uniform", "space")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where TP reads and writes in a forward pass of your own; inside the encoder, a `Batch` says the same.
-
-    `placeholders`, int64 (batch,) or (batch, count), and `last`, int64 (batch,), the last real token of each row, whose
-    state is written, are counted in the tokens handed to the model.
-    """
+    """Where TP reads and writes in a pass of your own, counted in tokens of its input: `placeholders`, int64 (batch,)
+    or (batch, count), and the `last` real token of each row, int64 (batch,). In the encoder, a `Batch` says it."""
 
     placeholders: torch.Tensor
     last: torch.Tensor
@@ -45,8 +42,7 @@ class TokenPrepending:
         place: where the placeholders stand, one of `PLACES`, in templates that do not say it themselves with `<PST>`.
         count: how many placeholders stand there, all with the same vector.
 
-    Raises `ValueError` if start is negative or not below end, for an unknown init or place, and a count below 1.
-    """
+    Raises `ValueError` if start is negative or not below end, for an unknown init or place, and a count below 1."""
 
     start: int = 1
     end: int = 7
@@ -56,10 +52,8 @@ class TokenPrepending:
     count: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.start < self.end:
-            raise ValueError(f"TP needs 0 <= start < end, got start={self.start}, end={self.end}.")
-        if self.count < 1:
-            raise ValueError(f"TP needs at least one placeholder, got count={self.count}.")
+        if not 0 <= self.start < self.end or self.count < 1:
+            raise ValueError(f"TP needs 0 <= start < end and at least one placeholder, got {self}.")
         # Of this class and of those that are made from it, every field that is one of some words.
         for name, kind in ((field.name, field.type) for field in fields(self) if get_origin(field.type) is Literal):
             if getattr(self, name) not in get_args(kind):
@@ -93,8 +87,7 @@ class TokenPrepending:
         if self.init in CONSTANT:
             return torch.full((size,), CONSTANT[self.init])
         if self.init == "space":
-            ids = backbone.tokenizer(" ", add_special_tokens=False)["input_ids"]
-            if not ids:
+            if not (ids := backbone.tokenizer(" ", add_special_tokens=False)["input_ids"]):
                 raise ValueError(f"The tokenizer of {backbone.name} has no token for a space; choose another init.")
             row = backbone.embeddings(torch.tensor(ids[-1:], device=backbone.device))[0].detach().float().cpu()
             return row / backbone.embed_scale
@@ -121,8 +114,7 @@ class TokenPrepending:
     @contextmanager
     def insert(self, backbone: Backbone, targets: torch.Tensor):
         """While active, the positions `targets`, int64 (batch, count), embed to `initial_vector`."""
-        vector = self.initial_vector(backbone) * backbone.embed_scale
-        rows = torch.arange(len(targets))[:, None]
+        vector, rows = self.initial_vector(backbone) * backbone.embed_scale, torch.arange(len(targets))[:, None]
 
         def insert_placeholder(_, __, output):
             states = output.clone()

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from tokenizers import AddedToken
@@ -19,14 +20,9 @@ OPTIONS = {"split_special_tokens": True, "return_attention_mask": False, "verbos
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that go through the model together; positions are counted in the tokens of `ids`.
-
-    Attributes:
-        ids: int64 (batch, tokens), padded on the right, without the shared prefix.
-        placeholders: int64 (batch, count), the position of every placeholder; None without one.
-        first, last: int64 (batch,), the first token that a mean counts and the last real token.
-        texts: the prepared sentence of each row, cut where it was too long.
-    """
+    """Rows that go through the model together: `ids`, int64 (batch, tokens), padded on the right, without the shared
+    prefix; in them the positions of every placeholder, int64 (batch, count) or None, of the first token that a mean
+    counts and of the last real token, both int64 (batch,); and the prepared sentences, cut where they were too long."""
 
     ids: torch.Tensor
     placeholders: torch.Tensor | None
@@ -37,11 +33,9 @@ class Batch:
 
 @dataclass
 class TokenRows:
-    """The token ids of many prompts made from one template, special tokens included, as lists with one item a row.
-
-    The fields are those of a `Batch`, with positions counted from the row's begin; `prefix` is how many leading tokens
-    all rows share and nothing that depends on the sentence can reach.
-    """
+    """The token ids of many prompts made from one template, special tokens included, as lists with one item a row. The
+    fields are those of a `Batch`, with positions counted from the row's begin; `prefix` is how many leading tokens all
+    rows share and nothing that depends on the sentence can reach."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -52,20 +46,18 @@ class TokenRows:
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Some rows after the shared prefix, padded on the right with token 0."""
         rows = [torch.tensor(self.ids[i][self.prefix :]) for i in indices]
-        ends = [[self.first[i] - self.prefix for i in indices], [len(row) - 1 for row in rows]]
+        ends = [self.first[i] - self.prefix for i in indices], [len(row) - 1 for row in rows]
         places = self.placeholders and [[place - self.prefix for place in self.placeholders[i]] for i in indices]
-        placeholders = places and torch.tensor(places, device=device)
-        ids, (first, last) = pad_sequence(rows, batch_first=True).to(device), torch.tensor(ends, device=device)
-        return Batch(ids, placeholders, first, last, [self.texts[i] for i in indices])
+        first, last, places = (side and torch.tensor(side, device=device) for side in (*ends, places))
+        ids = pad_sequence(rows, batch_first=True).to(device)
+        return Batch(ids, places, first, last, [self.texts[i] for i in indices])
 
 
 class PromptTokenizer:
-    """Tokenises prompts as a fast tokenizer of Transformers would to which the placeholder was added as one token.
-
-    It works on copies of the tokenizer, so the backbone's own stays as it is. Text inside a sentence that spells a
-    special token or the placeholder stays plain text. A prompt has at most `max_length` tokens, with the tokens
-    `before` and `after` that are put around it as ids; `ValueError` if the vocabulary does not have these.
-    """
+    """Tokenises prompts as a fast tokenizer of Transformers would to which the placeholder was added as one token, on
+    copies of the tokenizer. Text inside a sentence that spells a special token or the placeholder stays plain text. A
+    prompt has at most `max_length` tokens, with the tokens `before` and `after` that are put around it as ids;
+    `ValueError` if the vocabulary does not have these."""
 
     def __init__(self, tokenizer, max_length: int, before: Sequence[str] = (), after: Sequence[str] = ()):
         self.tokenizer = tokenizer
@@ -75,7 +67,7 @@ class PromptTokenizer:
         if self.after and tokenizer("")["input_ids"][-len(self.after) :] == self.after:
             self.after = []  # this tokenizer closes every text with them by itself
         self.max_length = max_length - len(self.before) - len(self.after)
-        self._copies: dict[str, tuple] = {}
+        self._copy_with = cache(self._copy_with)
 
     def __call__(self, template: str, sentences: list[str], span: bool = False) -> TokenRows:
         """Tokenise `template`, which may hold `<PST>`, with each prepared sentence in it. Sentences that make it too
@@ -92,7 +84,7 @@ class PromptTokenizer:
         head = tokenizer(template.partition(SENTENCE)[0], **OPTIONS)["input_ids"]
         # An empty sentence without a prompt has no token at all; one neutral token stands for it.
         neutral = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
-        neutral = next([token] for token in neutral if token is not None)
+        neutral = [token for token in neutral if token is not None][:1]
         ids = [[*self.before, *(row or neutral), *self.after] for row in encoded["input_ids"]]
         placeholders, first = None, [0] * len(ids)
         if marker in template:
@@ -107,16 +99,15 @@ class PromptTokenizer:
                 first[k] = place and place + shift
         limits = [shift + len(head), *(row[0] for row in placeholders or ()), *(first if span else ())]
         limits += [len(row) - 1 - len(self.after) for row in ids]
-        return TokenRows(cut, ids, placeholders, first, shared_prefix(ids, min(limits)))
+        shared = min(len(os.path.commonprefix(ids)), *limits)
+        return TokenRows(cut, ids, placeholders, first, shared if shared >= MIN_PREFIX else 0)
 
     def _copy_with(self, marker: str) -> tuple:
         """A copy of the tokenizer with one more token, and the token's id."""
-        if marker not in self._copies:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            # Not a *special* token: those are switched off below, so that sentences cannot contain one.
-            tokenizer.add_tokens([AddedToken(marker, normalized=False, special=False)])
-            self._copies[marker] = tokenizer, tokenizer.convert_tokens_to_ids(marker)
-        return self._copies[marker]
+        tokenizer = copy.deepcopy(self.tokenizer)
+        # Not a *special* token: those are switched off, so that sentences cannot contain one.
+        tokenizer.add_tokens([AddedToken(marker, normalized=False, special=False)])
+        return tokenizer, tokenizer.convert_tokens_to_ids(marker)
 
     def _cut(self, tokenizer, template: str, sentences: list[str]) -> list[str]:
         """The sentences, where they do not fit shortened at a token boundary."""
@@ -127,17 +118,9 @@ class PromptTokenizer:
         if room < 1:
             raise ValueError(f"max_length={self.max_length} leaves no room: the prompt alone has {around} tokens.")
         # A token holds at least one byte, so short texts need no look.
-        suspects, ends = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room], {}
-        if suspects:
-            options = OPTIONS | {"add_special_tokens": False, "return_offsets_mapping": True}
-            mappings = zip(suspects, tokenizer([sentences[i] for i in suspects], **options)["offset_mapping"])
-            ends = {i: offsets[room][0] for i, offsets in mappings if len(offsets) > room}
-        if ends:
+        suspects = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]
+        options = OPTIONS | {"add_special_tokens": False, "return_offsets_mapping": True}
+        found = tokenizer([sentences[i] for i in suspects], **options)["offset_mapping"] if suspects else ()
+        if ends := {i: offsets[room][0] for i, offsets in zip(suspects, found) if len(offsets) > room}:
             warnings.warn(f"{len(ends)} of {len(sentences)} sentences were cut to {room} tokens.", stacklevel=3)
         return [sentence[: ends.get(i)] for i, sentence in enumerate(sentences)]
-
-
-def shared_prefix(ids: list[list[int]], limit: int) -> int:
-    """Length of the common beginning of all rows, at most `limit`; 0 if it is too short to be worth a pass."""
-    length = len(os.path.commonprefix([row[: max(limit, 0)] for row in ids]))
-    return length if length >= MIN_PREFIX else 0

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from lib.core.backbone import Backbone
-from lib.core.forward import before_blocks, block_input, replace_input
+from lib.core.forward import before_blocks, block_input, replace_input, returned_tensor
 from lib.core.pooling import last_state, mean_state
 from lib.core.prompts import SENTENCE, Prompt
 from lib.core.token_prepending import TokenPrepending
@@ -20,17 +20,14 @@ class Variant(TokenPrepending):
     Args:
         write: what is written before block i. `"last"`: the last token's state that enters block i (the paper).
             `"older"`: the one that entered block i - 1. `"same"`: the one that block i itself makes, found by running
-            it first without keeping the result. `"mean"`: the mean of all states after the placeholder, the
-            sentence's and the closing words'. `"nothing"`: the placeholder stays as it is.
+            it first. `"mean"`: the mean of all states after the placeholder. `"nothing"`: the placeholder stays.
         resume: writing starts again before this block and stays on to the end; None: never.
-        hide: the placeholder cannot be attended to in the blocks `"before"` start or `"after"` end. Its place stays
-            taken, so the positions of the other tokens are the same.
+        hide: no token attends to the placeholder (it keeps its place) in the blocks `"before"` start or `"after"` end.
         open: attention in the blocks start to end - 1 is not causal: tokens after the placeholder see the
             `"last_token"`, or the whole `"sentence"` (without the prompt's closing words) sees all of itself.
         closing: how many tokens follow the sentence, for `open="sentence"`; see `closing_tokens`.
 
-    Raises `ValueError` as `TokenPrepending`; also for an unknown write, hide or open, and `"older"` with start 0.
-    """
+    Raises `ValueError` as `TokenPrepending`; also for an unknown write, hide or open, and `"older"` with start 0."""
 
     write: Literal["last", "mean", "older", "same", "nothing"] = "last"
     resume: int | None = None
@@ -48,7 +45,7 @@ class Variant(TokenPrepending):
         """As `TokenPrepending.attach`."""
         self.check(backbone)
         rows, targets = torch.arange(len(batch.last))[:, None], batch.placeholders.reshape(len(batch.last), -1)
-        entered: dict[int, torch.Tensor] = {}  # block -> the last token's state that entered it
+        entered = {}  # block -> the last token's state that entered it
 
         def before(index, block, args, kwargs):
             states = block_input(args, kwargs)
@@ -62,9 +59,8 @@ class Variant(TokenPrepending):
                 value = entered[index - (self.write == "older")]
                 if self.write == "mean":
                     value = mean_state(states, target.max(dim=1).values + 1, last)
-                elif self.write == "same":
-                    output = block.forward(*args, **kwargs)  # `forward` itself, so that no hook runs twice
-                    value = last_state(output[0] if isinstance(output, tuple) else output, last)
+                elif self.write == "same":  # by `forward` itself, so that no hook runs twice
+                    value = last_state(returned_tensor(block.forward(*args, **kwargs)), last)
                 states = states.clone()
                 states[row, target] = value[:, None].to(states.dtype)
             return replace_input(states, args, kwargs)
@@ -79,8 +75,8 @@ class Variant(TokenPrepending):
             raise ValueError("This architecture hands its blocks no attention mask; hide and open are not possible.")
         cache, tokens = kwargs.get("past_key_values"), states.shape[1]
         skip = cache.get_seq_length() if cache is not None else 0
-        query = torch.arange(tokens, device=states.device)[None, :, None]
         key = torch.arange(-skip, tokens, device=states.device)[None, None, :]
+        query = key.mT[:, skip:]
         first, last = target.max(dim=1).values[:, None, None] + 1, last[:, None, None]
         visible = (key <= query).expand(len(states), -1, -1)
         for column in target.T if self.hide else ():
@@ -88,8 +84,8 @@ class Variant(TokenPrepending):
         if self.open == "last_token":
             visible = visible | ((key == last) & (query >= first))
         if self.open == "sentence":
-            begin, end = torch.minimum(key, query), torch.maximum(key, query)
-            visible = visible | ((begin >= first) & (end <= last - self.closing))
+            inside = (torch.minimum(key, query) >= first) & (torch.maximum(key, query) <= last - self.closing)
+            visible = visible | inside
         return torch.where(visible, 0.0, torch.finfo(states.dtype).min).to(states.dtype)[:, None]
 
 

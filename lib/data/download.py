@@ -25,12 +25,10 @@ class HubUnreachableError(DownloadError):
 
 
 def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> None:
-    """Download files of a dataset repository into the folder `target`, which appears only when all of them are right.
-
-    Each file must have the hash that the hub states. What an interrupted download left is used by the next one, and of
-    several processes that want the same folder one downloads and the others wait. If `unpack` is given, the only file
-    is a tar file, and that folder of it which holds a folder of this name becomes `target`. Raises `DownloadError`.
-    """
+    """Download files of a dataset repository into the folder `target`, which appears only when all of them are right:
+    each has the hash that the hub states. What an interrupted download left is used by the next one, and of several
+    processes that want the same folder one downloads and the others wait. If `unpack` is given, the only file is a tar
+    file, and that folder of it which holds a folder of this name becomes `target`. Raises `DownloadError`."""
     # huggingface_hub reads the variable only when it is imported. An expired token would be refused, so there is none.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api, partial = HfApi(endpoint=endpoint, token=False), target.parent / f".{target.name}-partial"

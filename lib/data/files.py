@@ -1,8 +1,6 @@
 """How a data file becomes rows that can be trusted: lines, columns between tabs, JSON lines, pinned counts.
-
 Every error is a `DataError` that names the file, the line and what was expected. Tables are indexed by where their rows
-stand ("path, line 7"). Only a line feed ends a line, as `str.splitlines` would cut at U+0085 too; text is never quoted.
-"""
+stand ("path, line 7"). Only a line feed ends a line: `str.splitlines` cuts at U+0085 too. Text is never quoted."""
 
 import hashlib
 import json

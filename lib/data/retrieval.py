@@ -34,8 +34,7 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
 
     A document's text is its title and text; where the text begins with the title (Cranfield), that is not repeated. A
     document may be empty (two of Cranfield's are). Queries without a judgement in the test part are left out. Raises
-    `ValueError` if there is no such set, what `find_folder` raises, and `DataError` if a file is not as it should be.
-    """
+    `ValueError` for an unknown set, what `find_folder` raises, and `DataError` if a file is not as it should be."""
     if name not in SETS:
         raise ValueError(f"Unknown retrieval set {name!r}; choose from {', '.join(SETS)}.")
     known = {"repo": "", "missing": 0, "excluded": ""} | SETS[name]
@@ -47,9 +46,8 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
     file = "qrels/test.jsonl" if (source.path / "qrels" / "test.jsonl").is_file() else "qrels/test.tsv"
     judged = _read_pairs(reader, file, queries)
     expect(judged["score"].str.fullmatch(r"[0-9]{1,9}(\.0*)?"), "a whole score from 0", judged["score"])
-    qrels: dict[str, dict[str, int]] = {}
-    for query, document, score in judged.itertuples(index=False):
-        qrels.setdefault(query, {})[document] = int(float(score))
+    judged["score"] = judged["score"].map(float).map(int)
+    qrels = {query: dict(zip(of["document"], of["score"])) for query, of in judged.groupby("query", sort=False)}
     queries, excluded = queries[queries["id"].isin(qrels)], {}
     if known["excluded"] == "self":
         excluded = {query: {query} for query in queries["id"][queries["id"].isin(documents["id"])]}
@@ -57,8 +55,8 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
         pairs = _read_pairs(reader, known["excluded"], queries)
         expect(pairs["document"].isin(documents["id"]), "a document of corpus.jsonl", pairs["document"])
         excluded = {query: set(part) for query, part in pairs.groupby("query")["document"]}
-    missing = int((~judged["document"].isin(documents["id"])).sum())
-    found = {"documents": len(documents), "queries": len(queries), "judgements": len(judged), "missing": missing}
+    found = {"documents": len(documents), "queries": len(queries), "judgements": len(judged),
+             "missing": int((~judged["document"].isin(documents["id"])).sum())}
     for what, count in found.items():
         if count != known[what]:
             raise DataError(f"{source.path}: found {count} for {what}, expected {known[what]} (see pinned.yaml).")

@@ -1,8 +1,5 @@
-"""Where evaluation data is found, and the one form in which it is handed on.
-
-The order is: the folder in `$TP_DATA_DIR`, `data/downloads/`, the Hugging Face hub, and last the small sample sets that
-were written for this project. See `data/README.md`.
-"""
+"""Where evaluation data is found, and the one form in which it is handed on. The order is: the folder `$TP_DATA_DIR`,
+`data/downloads/`, the Hugging Face hub, and last the sample sets written for this project. See `data/README.md`."""
 
 import functools
 import hashlib
@@ -61,12 +58,10 @@ class DataSource:
 @dataclass(frozen=True, eq=False)
 class EvaluationData:
     """A data set, or a part of one, with its provenance; `rows` are in the order of the files.
-
     A sample of it is the beginning of one fixed permutation of the whole data set, so that samples are nested. It sorts
     the rows by `places`, int64 (rows,), hashes of the data set's name, its length and the row's number, which hang on
     no seed or library, and which a part keeps. `provenance` has the keys task, split (or splits, or part), source,
-    rows, rows_total (before anything was left out), caps (what was left out, step by step) and files (-> SHA-256).
-    """
+    rows, rows_total (before anything was left out), caps (what was left out, step by step) and files (-> SHA-256)."""
 
     name: str
     rows: Dataset
@@ -102,9 +97,9 @@ class EvaluationData:
         if count < 1:
             raise ValueError(f"A data set needs at least one row, got count={count}.")
         groups = np.asarray(self[within]) if within else np.zeros(len(self))
-        ranks = pd.Series(self.places).groupby(groups).rank(method="first")
+        kept = pd.Series(self.places).groupby(groups).rank(method="first") <= count
         cap = {"first": count} | ({"within": within} if within else {})
-        return self if (ranks <= count).all() else self._select(np.flatnonzero(ranks <= count), cap)
+        return self if kept.all() else self._select(np.flatnonzero(kept), cap)
 
     def where(self, rows: Sequence[bool] | Sequence[int], note: str) -> Self:
         """The rows that a mask marks or that indices name. The note says in the provenance which these are."""
@@ -142,11 +137,9 @@ def _search(folder: str) -> DataSource:
 
 
 def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = (), unpack: str = "") -> DataSource:
-    """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded.
-
-    Raises `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if
-    they are nowhere; the message names `what` was looked for and says what to do.
-    """
+    """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded. Raises
+    `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if they are
+    nowhere; the message names `what` was looked for and says what to do."""
     folder = os.environ.get("TP_DATA_DIR", "")
     own, path = Path(folder).expanduser() / place, DATA / "downloads" / place
     if folder and own.is_dir():

@@ -19,11 +19,9 @@ STR2022, STR2022_FILE, STR2022_ROWS = "vkpriya/str-2022", "sem_text_rel_ranked.c
 
 def alignment_texts(count: int | None) -> tuple[dict[str, EvaluationData], dict[str, str]]:
     """Data sets whose `texts`, at most `count` of each, alignment is measured on; and for each that is nowhere, why.
-
     `STS12 SMTnews`: the pairs with a gold score above 4, without " ." and " ?", as in the official code of arXiv
     2406.17378, but each sentence once (297 of 582; that code counts repetitions). `MS MARCO`: passages from its
-    development part, which that code ships. Without real data the sample's own.
-    """
+    development part, which that code ships. Without real data the sample's own."""
     source = find_source()
     if source.is_sample:
         passages, name, found = "sample documents", SAMPLE, {"sample STS": pair_texts(load_sts("sample"), count)}

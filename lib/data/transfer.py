@@ -17,15 +17,12 @@ def transfer_tasks(source: DataSource | None = None) -> tuple[str, ...]:
 
 def load_transfer(task: str, source: DataSource | None = None) -> EvaluationData:
     """Load the labelled sentences of a transfer task, one of `transfer_tasks(source)`, all splits of it.
-
     Returns columns split (str: "all", or "train", "dev", "test" as far as the task has them), sentence1, sentence2
     (str, as in the file; sentence2 is "" but for `PAIR_TASKS`) and label (int64). The labels are SentEval's: 1 is
     positive, objective (in the sample subjective) or a paraphrase, and question types are numbered by alphabet. The
-    provenance counts the `splits`. Raises `ValueError` if the source has no such task, and `DataError` as `load_sts`.
-    """
+    provenance counts the `splits`. `ValueError` if the source has no such task, and `DataError` as `load_sts`."""
     source = source or find_source()
-    tasks = transfer_tasks(source)
-    if task not in tasks:
+    if task not in (tasks := transfer_tasks(source)):
         raise ValueError(f"No transfer task {task!r} in {source.label}; choose from {', '.join(tasks)}.")
     reader = Reader(source)
     table = pd.concat([reader.examples(file) for file in FILES[task]])

@@ -8,8 +8,7 @@ their logit under the backbone's own unembedding:
     GAR     of all distinct tokens of all texts, the share that LAR finds in at least one text
     LAR@K, GAR@K   the same among the min(len(T), K) highest, as in the official code
 
-All are shares from 0 to 1. A `TokenRule` says which vocabulary entries are the same token and which count.
-"""
+All are shares from 0 to 1. A `TokenRule` says which vocabulary entries are the same token and which count."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
@@ -34,13 +33,16 @@ def output_matrix(backbone: Backbone) -> torch.Tensor:
     return (head if hasattr(head, "weight") else backbone.model.get_output_embeddings()).weight
 
 
+def counted(backbone: Backbone, rule: TokenRule = DEFAULT_RULE) -> np.ndarray:
+    """`token_classes` of all entries of the backbone's vocabulary that have a logit."""
+    return token_classes(backbone.tokenizer, len(output_matrix(backbone)), rule)
+
+
 @torch.inference_mode()
 def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) -> np.ndarray:
-    """Embeddings (texts, hidden) as the unembedding reads them, float32 (texts, width).
-
-    States before the last go through the final norm, in float32 with copies of its weights, as float16 cannot hold all
-    of them. `ValueError` for another shape, or another width because a projection stands between (OPT-350m).
-    """
+    """Embeddings (texts, hidden) as the unembedding reads them, float32 (texts, width). States before the last go
+    through the final norm, in float32 with copies of its weights, as float16 cannot hold all of them. `ValueError` for
+    another shape, or another width because a projection stands between (OPT-350m)."""
     matrix, index, norm = output_matrix(backbone), backbone.layer_index(layer), backbone.final_norm
     states, read = np.asarray(embeddings, np.float32), matrix.shape[1]
     if states.shape[1:] != (read,):
@@ -55,22 +57,17 @@ def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) ->
 def logit_chunks(
     backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
 ) -> Iterator[torch.Tensor]:
-    """Logits of embeddings under the backbone's unembedding, so many texts at a time that they fill `LOGIT_BYTES`.
+    """Logits under the backbone's unembedding of embeddings (texts, hidden), the states `layer` in Hugging Face's
+    numbering, so many texts at a time that they fill `LOGIT_BYTES`: float32 (some texts, vocabulary), on its device.
 
-    They are computed in float32, because logits rounded to half precision tie. A model's own capping of its logits
-    (Gemma 2) is left out, as it does not change their order.
-
-    Args:
-        embeddings: float (texts, hidden). layer: which state they are, in Hugging Face's numbering.
-        classes: from `token_classes`: a token's column holds the logit of its best entry, every other column -inf.
-
-    Yields float32 (some texts, vocabulary), on the unembedding's device. Raises `ValueError` as `final_states`, and
-    `FloatingPointError` for logits that are infinite or undefined.
-    """
+    With `classes`, from `token_classes`, a token's column holds the logit of its best entry, and every other column
+    -inf. Logits are computed in float32, as in half precision they tie, and without a model's own capping (Gemma 2),
+    which does not change their order. Raises `ValueError` as `final_states`, and `FloatingPointError` for logits that
+    are infinite or undefined."""
     states, head, matrix = final_states(backbone, embeddings, layer), backbone.unembedding, output_matrix(backbone)
     if classes is not None:
-        counted = np.flatnonzero(classes >= 0)
-        target = torch.tensor(classes[counted], device=matrix.device)
+        entries = np.flatnonzero(classes >= 0)
+        target = torch.tensor(classes[entries], device=matrix.device)
     chunks = torch.tensor(states).split(max(1, LOGIT_BYTES // (4 * len(matrix))))
     for chunk in tqdm(chunks, "logits", unit="chunk", leave=False, disable=len(chunks) < 5):
         chunk = chunk.to(matrix.device)
@@ -82,7 +79,7 @@ def logit_chunks(
         check_finite(logits, backbone.name, backbone.dtype)
         if classes is not None:
             merged = torch.full_like(logits, -torch.inf)
-            logits = merged.scatter_reduce_(1, target.expand(len(logits), -1), logits[:, counted], "amax")
+            logits = merged.scatter_reduce_(1, target.expand(len(logits), -1), logits[:, entries], "amax")
         yield logits
 
 
@@ -103,10 +100,8 @@ def top_tokens(
     backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, classes: np.ndarray | None = None,
     mean: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k tokens with the highest logits: ids int64 (texts, k), best first, and logits float32 (texts, k).
-
-    `mean`, from `mean_logits`, is taken off first. Raises as `logit_chunks`, and `ValueError` if too few tokens count.
-    """
+    """The k tokens with the highest logits: ids int64 (texts, k), best first, and logits float32 (texts, k). `mean`,
+    from `mean_logits`, is taken off first. Raises as `logit_chunks`, and `ValueError` if too few tokens count."""
     size = len(output_matrix(backbone)) if classes is None else len(np.unique(classes[classes >= 0]))
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the number of tokens, {size}; got {k}.")
@@ -120,17 +115,14 @@ def top_tokens(
 def aligned_tokens(
     backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry.
-
-    Columns text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`.
-    """
+    """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry, with the columns
+    text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`."""
     ids, logits = top_tokens(backbone, embeddings, layer, k)
-    table = pd.DataFrame({"text": np.repeat(np.arange(len(ids)), k), "id": ids.ravel()})
-    table["token"] = list(map(visible, token_texts(backbone.tokenizer, ids.ravel())))
+    tokens = map(visible, token_texts(backbone.tokenizer, ids.ravel()))
+    table = pd.DataFrame({"text": np.repeat(np.arange(len(ids)), k), "id": ids.ravel(), "token": list(tokens)})
     table["logit"] = logits.ravel()
     if texts is not None:
-        classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), DEFAULT_RULE)
-        own = text_tokens(backbone.tokenizer, texts, classes)
+        own = text_tokens(backbone.tokenizer, texts, classes := counted(backbone))
         table["in_text"] = np.concatenate([np.isin(classes[row], tokens) for row, tokens in zip(ids, own, strict=True)])
     return table
 
@@ -143,11 +135,9 @@ def token_lines(backbone: Backbone, embeddings: np.ndarray, layer: int, k: int, 
 
 
 def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame:
-    """Where each text's tokens T stand in its ranking, whose beginning is a row of `top`, int (texts, depth).
-
-    Returns a row per text and distinct token of T: text (its place), token, length (of T), depth, rank (from 1; missing
-    if deeper). A text without tokens has no row, as in the official code. `ValueError` if a ranking is shorter than T.
-    """
+    """Where each text's tokens T stand in its ranking, whose beginning is a row of `top`, int (texts, depth): a row per
+    text and distinct token of T, with text (its place), token, length (of T), depth, rank (from 1; missing if deeper).
+    A text without tokens has no row, as in the official code. `ValueError` if a ranking is shorter than T."""
     (count, depth), sizes = top.shape, [len(row) for row in texts]
     if len(sizes) != count or max(sizes) > depth:
         raise ValueError(f"{len(sizes)} texts of at most {max(sizes)} tokens, {count} rankings that end after {depth}.")
@@ -163,8 +153,7 @@ def embedding_ranks(
     deepest: int = max(KS),
 ) -> pd.DataFrame:
     """`token_ranks` of the embeddings (texts, hidden) of `texts`, at least as deep as `deepest` and the longest T."""
-    classes = token_classes(backbone.tokenizer, len(output_matrix(backbone)), rule)
-    own = text_tokens(backbone.tokenizer, texts, classes)
+    own = text_tokens(backbone.tokenizer, texts, classes := counted(backbone, rule))
     top, _ = top_tokens(backbone, embeddings, layer, max(deepest, *map(len, own)), classes)
     return token_ranks(top, own)
 
@@ -184,11 +173,9 @@ def _found(ranks: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
 
 
 def alignment_scores(runs: Runs, ks: Sequence[int] = KS, reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
-    """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts.
-
-    Returns columns run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and
-    `draws`. Raises `ValueError` if the runs are not over the same texts under the same rule.
-    """
+    """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts: columns
+    run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and `draws`. Raises
+    `ValueError` if the runs are not over the same texts under the same rule."""
     texts, tokens, found = {}, {}, {}
     for run, ranks in runs.items():
         texts[run] = alignment_metrics(ranks, ks).rename_axis("item").reset_index().assign(task="")

@@ -1,9 +1,7 @@
 """Every interval of the package: a percentile bootstrap over items, paired between runs, independent between data sets.
-
 A *run* is the table of one encoder (setting, layer, retriever) on some data sets: columns `task`, `item` and what the
 statistic needs. In a resample every run sees the same items drawn, so differences are paired. Each data set has a
-generator of its own, seeded by `seed` and its name: its interval does not depend on what else is loaded.
-"""
+generator of its own, seeded by `seed` and its name: its interval does not depend on what else is loaded."""
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,18 +18,14 @@ Runs = dict[Hashable, pd.DataFrame | Sequence[pd.DataFrame]]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A function of the tables of one task (a table a run, all over the same items) and of how often each item counts.
-
-    Args:
-        function: (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the
-            distinct values of the column `item`, in the order of their first rows.
-        within: a column, if the items of each of its values are resampled by themselves.
-        centred: whether the mean of the draws is moved to the measured value, against the bias of a statistic that
-            depends on the number of distinct items.
-    """
+    """A function of the tables of one task (a table a run, all over the same items) and of how often each item counts:
+    (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the distinct
+    values of the column `item`, in the order of their first rows."""
 
     function: Callable[[Tables, np.ndarray], np.ndarray]
-    within: str = ""
+    within: str = ""  # a column, if the items of each of its values are resampled by themselves
+    # Whether the mean of the draws is moved to the measured value, against the bias of a statistic that depends on the
+    # number of distinct items.
     centred: bool = False
 
     def __call__(self, tables: Tables, weights: np.ndarray) -> np.ndarray:
@@ -45,9 +39,7 @@ def mean_of(column: str) -> Statistic:
 
 def _spearman(tables: Tables, weights: np.ndarray) -> np.ndarray:
     """Spearman's rho x 100 of the columns gold (the same in all tables) and similarity; nan if a column has one value.
-
-    A resample's ranks follow from running sums of the weights over the groups of equal values: nothing is sorted again.
-    """
+    Ranks follow from running sums of the weights over groups of equal values: no resample is sorted."""
     similarities, weights, result = _values(tables, weights, "similarity"), weights.astype(np.float64), []
     gold = _centred_ranks(weights, tables[0]["gold"].to_numpy())
     gold_spread = np.einsum("dn,dn,dn->d", weights, gold, gold)
@@ -109,7 +101,7 @@ def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[st
     for task, rows in first.groupby("task", sort=False).indices.items():
         tables = [table.iloc[rows].reset_index(drop=True) for _, table in flat]
         items = tables[0].drop_duplicates("item", ignore_index=True)
-        groups = list(items.groupby(statistic.within).indices.values()) if statistic.within else [np.arange(len(items))]
+        groups = list(items.groupby(statistic.within or "task").indices.values())
         generator, size = np.random.default_rng([seed, *str(task).encode()]), max(1, CELLS // len(items))
         weights = (_weights(generator, groups, min(size, draws - begin)) for begin in range(0, draws, size))
         measured = statistic(tables, np.ones((1, len(items)), int))

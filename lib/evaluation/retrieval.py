@@ -1,11 +1,10 @@
 """Dense retrieval, BM25 and fusion, beside the sparse retrieval of `lib.studies.retrieval`, and how good a ranking is.
-
-A ranking is a dict: query id -> document ids, best first. Equal scores go by the documents' order in the corpus.
-"""
+A ranking is a dict: query id -> document ids, best first. Equal scores go by the documents' order in the corpus."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import bm25s
 import numpy as np
@@ -32,12 +31,10 @@ class DenseRetriever:
 
     def search(self, query_ids: Sequence[str], queries: np.ndarray, depth: int = DEPTH) -> Ranking:
         """The best `depth` documents of each query; `queries` are their embeddings (queries, hidden)."""
-        ranking, places = {}, np.arange(len(self.documents))
-        for begin in range(0, len(query_ids), QUERY_ROWS):
-            rows = slice(begin, begin + QUERY_ROWS)
-            for query, scores in zip(query_ids[rows], UNIT(queries[rows].astype(np.float32)) @ self.documents.T):
-                ranking[query] = [self.document_ids[d] for d in best_first(places, scores, depth)]
-        return ranking
+        places, parts = np.arange(len(self.documents)), range(0, len(queries), QUERY_ROWS)
+        some = (UNIT(queries[begin : begin + QUERY_ROWS].astype(np.float32)) @ self.documents.T for begin in parts)
+        rows = zip(query_ids, chain.from_iterable(some), strict=True)
+        return {query: best_first(self.document_ids, places, scores, depth) for query, scores in rows}
 
     @property
     def bytes_per_document(self) -> float:
@@ -49,10 +46,8 @@ class DenseRetriever:
 
 
 class BM25Retriever:
-    """BM25 as in Lucene with k1 = 1.5 and b = 0.75 (bm25s), on lower-cased words of two letters or more, not stemmed.
-
-    bm25s's English stop words do not count. Documents that share no word with the query are not ranked.
-    """
+    """BM25 as in Lucene with k1 = 1.5 and b = 0.75 (bm25s), on lower-cased words of two letters or more, not stemmed,
+    without bm25s's English stop words. Documents that share no word with the query are not ranked."""
 
     def __init__(self, document_ids: Sequence[str], texts: Sequence[str]):
         self.document_ids, self.bm25 = list(document_ids), bm25s.BM25(k1=1.5, b=0.75, method="lucene")
@@ -63,17 +58,16 @@ class BM25Retriever:
         ranking = {}
         for query, words in zip(query_ids, WORDS(list(queries)), strict=True):
             scores = self.bm25.get_scores_from_ids(self.bm25.get_tokens_ids(words))
-            found = np.flatnonzero(scores)
-            ranking[query] = [self.document_ids[d] for d in best_first(found, scores[found], depth)]
+            ranking[query] = best_first(self.document_ids, np.flatnonzero(scores), scores[scores != 0], depth)
         return ranking
 
 
-def best_first(places: np.ndarray, scores: np.ndarray, depth: int) -> np.ndarray:
-    """The places with the highest scores, best first; among equals the lowest place."""
+def best_first(document_ids: Sequence[str], places: np.ndarray, scores: np.ndarray, depth: int) -> list[str]:
+    """The ids at the places with the highest scores, best first; among equals the lowest place is first."""
     if len(scores) > depth:
         kept = scores >= np.partition(scores, -depth)[-depth]
         places, scores = places[kept], scores[kept]
-    return places[np.lexsort((places, -scores))[:depth]]
+    return [document_ids[place] for place in places[np.lexsort((places, -scores))[:depth]]]
 
 
 def reciprocal_rank_fusion(rankings: Iterable[Ranking]) -> Ranking:
@@ -89,12 +83,9 @@ def evaluate_retrieval(
     ranking: Ranking, qrels: dict[str, dict[str, int]], excluded: dict[str, Collection[str]] | None = None
 ) -> pd.DataFrame:
     """Each ranked query's metrics by trec_eval's definitions (ir-measures): item (its id), and `METRICS` from 0 to 1.
-
     nDCG has linear gains, as in BEIR; a document with any grade above 0 is relevant for recall and reciprocal rank.
-    `excluded` (query id -> documents) is taken out of the ranking first. Raises `ValueError` if a query is not judged.
-    """
-    unjudged = [query for query in ranking if query not in qrels]
-    if unjudged:
+    `excluded` (query id -> documents) is taken out of the ranking first. `ValueError` if a query is not judged."""
+    if unjudged := [query for query in ranking if query not in qrels]:
         raise ValueError(f"{len(unjudged)} queries are not judged, the first is {unjudged[0]!r}.")
     run, judged, out = {}, {query: qrels[query] for query in ranking}, excluded or {}
     for query, documents in ranking.items():
@@ -109,10 +100,8 @@ def dense_scores(
     encoder: SentenceEncoder, data: dict[str, RetrievalData], layers: Iterable[int] | None = None,
     documents: SentenceEncoder | None = None,
 ) -> pd.DataFrame:
-    """Dense retrieval by an encoder's embeddings at each layer (None is the exit layer), of documents by `documents`.
-
-    Returns a row per set, layer (0..num_layers) and query: task, layer, and the columns of `evaluate_retrieval`.
-    """
+    """Dense retrieval by an encoder's embeddings at each layer (None is the exit layer), of documents by `documents`:
+    a row per set, layer (0 to num_layers) and query, with task, layer, and the columns of `evaluate_retrieval`."""
     layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
     for task, found in data.items():
         queries = encoder.encode_layers(found.queries["text"], layers)

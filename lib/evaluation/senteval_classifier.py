@@ -1,7 +1,5 @@
 """SentEval's own classifier: a logistic regression by Adam's fixed steps, stopped early (arXiv 1803.05449, nhid 0).
-
-On features that are small or not normalised it stops far from the minimum, and mostly scores below an exact fit.
-"""
+On features that are small or not normalised it stops far from the minimum, and mostly scores below an exact fit."""
 
 from collections.abc import Sequence
 
@@ -21,11 +19,9 @@ def stopped_early(
     A round is four passes over the items to fit, each in a new order, then accuracy on items held out. The sixth round
     that is no new best is the last, and the best round's weights predict. L2 is Adam's weight decay, of the bias too.
     The classifiers start alike and differ by their L2 only, so they take their steps side by side.
-
-    `features`: float (items, width), used as float32. `labels`: int (items,). `fit`, `test`, `held`: int, places of
-    items; if `held` is None it is a twentieth of `fit`, drawn at random and not fitted. Draws from its own generators,
-    seeded anew in each call. Raises `ValueError` if the items to fit are of one class.
-    """
+    `features` are (items, width), used as float32, `labels` int (items,), and `fit`, `test`, `held` places of items; if
+    `held` is None it is a twentieth of `fit`, drawn at random and not fitted. Draws from its own generators, seeded
+    anew in each call. Raises `ValueError` if the items to fit are of one class."""
     orders, start, names = np.random.RandomState(SEED), torch.Generator().manual_seed(SEED), np.unique(labels[fit])
     if len(names) < 2:
         raise ValueError(f"A classifier needs two classes or more; the items to fit have one class, {names}.")

@@ -14,18 +14,12 @@ from lib.data.sources import EvaluationData
 def sts_pairs(
     encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Cosine similarity of every pair at each layer (None: the exit layer), all from one pass of the model.
-
-    `data`: task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers)
-    and pair: task, subset, item (its place), gold (the data's score), layer, similarity (float64, -1 to 1).
-    """
+    """Cosine similarity of every pair at each layer (None: the exit layer), all from one pass of the model. `data` is
+    task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers) and
+    pair: task, subset, item (its place), gold (the data's score), layer, similarity (float64, -1 to 1)."""
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
-    sides = [list(pairs[column]) for column in ("sentence1", "sentence2") for pairs in data.values()]
-    states = encoder.encode_layers([sentence for side in sides for sentence in side], layers)
-    frame = pd.concat(
-        pd.DataFrame({"task": task, "subset": pairs["subset"], "item": range(len(pairs)), "gold": pairs["score"]})
-        for task, pairs in data.items()
-    )
+    frame, first, second = _items(data)
+    states = encoder.encode_layers(first + second, layers)
     tables = [frame.assign(layer=layer, similarity=cosine(*np.split(states[layer], 2))) for layer in states]
     return pd.concat(tables, ignore_index=True)
 
@@ -33,13 +27,18 @@ def sts_pairs(
 def word_overlap(data: dict[str, EvaluationData]) -> pd.DataFrame:
     """The trivial baseline, in the columns of `sts_pairs`: of the lower-cased words of a pair's sentences, the
     share that both hold (Jaccard, 0 to 1; 0 without words). The layer is `"none"`."""
-    tables = []
-    for task, pairs in data.items():
-        sides = ([set(re.findall(r"\w+", text.lower())) for text in pairs[side]] for side in ("sentence1", "sentence2"))
-        shared = [len(a & b) / max(len(a | b), 1) for a, b in zip(*sides)]
-        about = {"task": task, "subset": pairs["subset"], "item": range(len(pairs)), "gold": pairs["score"]}
-        tables.append(pd.DataFrame(about | {"layer": "none", "similarity": shared}))
-    return pd.concat(tables, ignore_index=True)
+    frame, *sides = _items(data)
+    words = ([set(re.findall(r"\w+", text.lower())) for text in side] for side in sides)
+    return frame.assign(layer="none", similarity=[len(a & b) / max(len(a | b), 1) for a, b in zip(*words)])
+
+
+def _items(data: dict[str, EvaluationData]) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The pairs of all tasks, a row each with task, subset, item and gold; and their first and second sentences."""
+    of_task = ("subset", "sentence1", "sentence2", "score")
+    tables = [pd.DataFrame({"task": task, "item": range(len(pairs))} | {column: pairs[column] for column in of_task})
+              for task, pairs in data.items()]
+    table = pd.concat(tables, ignore_index=True).rename(columns={"score": "gold"})
+    return table[["task", "subset", "item", "gold"]], table["sentence1"].tolist(), table["sentence2"].tolist()
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -55,11 +54,9 @@ def spearman(gold, similarity) -> float:
 
 
 def sts_scores(pairs: pd.DataFrame) -> pd.DataFrame:
-    """SentEval's score of each task and subset, Spearman's rho x 100, from a table of `sts_pairs`.
-
-    Subset `"all"` is one correlation over all pairs of a task (SentEval's "all", which the papers report), and not the
-    mean over subsets. Returns columns layer, task, subset, score, pairs (how many).
-    """
+    """SentEval's score of each task and subset, Spearman's rho x 100, from a table of `sts_pairs`: columns layer, task,
+    subset, score, pairs (how many). Subset `"all"` is one correlation over all pairs of a task (SentEval's "all", which
+    the papers report), and not the mean over subsets."""
     groups = pd.concat([pairs.assign(subset="all"), pairs]).groupby(["layer", "task", "subset"], sort=False)
     rows = [(*key, spearman(group["gold"], group["similarity"]), len(group)) for key, group in groups]
     return pd.DataFrame(rows, columns=["layer", "task", "subset", "score", "pairs"])

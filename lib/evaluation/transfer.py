@@ -3,14 +3,12 @@
 The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cross-validation for MR, CR, SUBJ and MPQA,
 the given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC.
 `classifier="senteval"` is all its own, for figures beside published ones. What differs with the default, `"exact"`:
-
 - SentEval takes steps with Adam and stops early, when accuracy no longer rises on held-out items. Here its loss, mean
   cross-entropy + L2 / 2 * |W|^2 on raw features (the bias is not part of |W|), is brought to its minimum, on all of the
   training part. Stopping early keeps weights smaller than its L2 of 1e-5 to 1e-2 does, so strengths start higher here.
 - Features are centred and divided by one number, not feature by feature. L2 is scaled with it, so the minimum stays.
 - A class of fewer than 10 members makes for fewer folds, so that few rows can be used. Complete data has enough.
-- SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items.
-"""
+- SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items."""
 
 import warnings
 from collections import Counter
@@ -41,11 +39,9 @@ def transfer_predictions(
     classifier: str = "exact",
 ) -> pd.DataFrame:
     """Predicted labels of the tasks' test items at each layer (None: the exit layer), a pass of the model per task.
-
     `data`: task -> data with the columns split, sentence1, sentence2, label. Returns a row per task, layer (0 to
     num_layers) and test item: task, layer, the columns of `classify`, and correct (100.0 or 0.0). `classifier` is that
-    of `classify`; "senteval" has each split in SentEval's order: by words of sentence1 and sentence2, then by label.
-    """
+    of `classify`; "senteval" has each split in SentEval's order: by words of sentence1 and sentence2, then by label."""
     _chosen(classifier)  # refused before the model has passed over the sentences
     layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
     for task, items in data.items():
@@ -65,16 +61,14 @@ def transfer_predictions(
 
 
 def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy x 100 of each task, and of pairs F1 x 100, from a table of `transfer_predictions`.
-
-    Returns columns layer, task, metric (accuracy_x100 or f1_x100), value, items (how many).
-    """
+    """Accuracy x 100 of each task, and of pairs F1 x 100, from a table of `transfer_predictions`: columns layer, task,
+    metric (accuracy_x100 or f1_x100), value, items (how many)."""
     rows = []
     for key, table in predictions.groupby(["layer", "task"], sort=False):
-        rows.append((*key, "accuracy_x100", 100 * (table["gold"] == table["predicted"]).mean(), len(table)))
+        gold, predicted = table["gold"], table["predicted"]
+        rows.append((*key, "accuracy_x100", 100 * (gold == predicted).mean(), len(table)))
         if key[1] in PAIR_TASKS:
-            f1 = f1_score(table["gold"], table["predicted"], zero_division=0)
-            rows.append((*key, "f1_x100", 100 * f1, len(table)))
+            rows.append((*key, "f1_x100", 100 * f1_score(gold, predicted, zero_division=0), len(table)))
     return pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
 
 
@@ -86,14 +80,12 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def classify(
     features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "", classifier: str = "exact"
 ) -> pd.DataFrame:
-    """Fit and test a logistic regression; the split names decide the protocol.
+    """Fit and test a logistic regression on features, float (items, width), and labels, int (items,).
 
-    Args:
-        features: float (items, width). labels: int (items,).
-        splits: (items,), all of them `"all"` (nested folds, every item is tested once), or `"train"` and `"test"` (the
-            strength is chosen on folds of the training part), or `"train"`, `"dev"` and `"test"` (on dev).
-        title: of the progress bar, which is shown above 1,000 items.
-        classifier: `"exact"`, or `"senteval"`: `stopped_early`, its last fit by dev or a twentieth of train.
+    The names in `splits` (items,) decide the protocol: all are `"all"` (nested folds, every item is tested once), or
+    `"train"` and `"test"` (the strength is chosen on folds of the training part), or also `"dev"` (it is chosen there).
+    `classifier` is `"exact"`, or `"senteval"`: `stopped_early`, its last fit by dev or a twentieth of train. `title` is
+    that of the progress bar, which is shown above 1,000 items.
 
     Returns a row per tested item: item (its place, ascending), gold, predicted, l2 (the strength chosen for its fit).
     Raises `ValueError` for other splits or classifiers, unequal lengths, too few members of a class, infinite features.
@@ -105,10 +97,9 @@ def classify(
     part = {name: np.flatnonzero(splits == name) for name in np.unique(splits)}
     if set(part) == {"all"}:
         rounds = [(train, test, _folds(labels, train)) for train, test in _folds(labels, part["all"])]
-    elif set(part) == {"train", "test"}:
-        rounds = [(part["train"], part["test"], _folds(labels, part["train"]))]
-    elif set(part) == {"train", "dev", "test"}:
-        rounds = [(part["train"], part["test"], [(part["train"], part["dev"])])]
+    elif set(part) - {"dev"} == {"train", "test"}:
+        folds = [(part["train"], part["dev"])] if "dev" in part else _folds(labels, part["train"])
+        rounds = [(part["train"], part["test"], folds)]
     else:
         raise ValueError(f"Splits must be all, or train, (dev) and test; got {', '.join(map(str, part))}.")
 
@@ -152,10 +143,8 @@ def _chosen(classifier: str) -> tuple:
 def _predict(features, labels, fit: np.ndarray, test: np.ndarray, strengths: Sequence[float], held=None) -> np.ndarray:
     """Fit at each strength, the strongest first: predicted labels, (strengths, test items). Needs no items held out."""
     known = features[fit].astype(np.float64)
-    mean = known.mean(axis=0)
-    known -= mean
-    scale = known.std() or 1.0
-    known /= scale
+    known -= (mean := known.mean(axis=0))
+    known /= (scale := known.std() or 1.0)
     new = (features[test] - mean) / scale
     if len(known) < known.shape[1]:
         basis = np.linalg.qr(known.T)[0]  # the weights lie in the span of the items: turning the axes into it is exact

@@ -22,10 +22,8 @@ FUNCTION_WORDS = frozenset("""
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Which vocabulary entries are the same token, and which do not count.
-
-    Entries that do not count leave text and ranking. A token stands in the ranking once, where its best entry stands.
-    """
+    """Which vocabulary entries are the same token, and which do not count: these leave text and ranking. A token stands
+    in the ranking once, where its best entry stands."""
 
     special: bool = False  # whether special tokens count, such as a text's first `<s>`
     # Whether " dog" is "dog". After a prompt's quotation mark a model expects "dog", while in the text it is " dog".
@@ -53,10 +51,8 @@ def token_classes(tokenizer, size: int, rule: TokenRule) -> np.ndarray:
         word = text.strip().lower()
         if not rule.function_words and (word in FUNCTION_WORDS or not any(c.isalnum() for c in word)):
             classes[i] = -1
-            continue
-        if rule.merge_space and word:
-            text = text.removeprefix(" ")
-        if rule.merge_space or rule.merge_case:
+        elif rule.merge_space or rule.merge_case:
+            text = text.removeprefix(" ") if rule.merge_space and word else text
             classes[i] = first.setdefault(text.lower() if rule.merge_case else text, i)
     if not rule.special:
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -86,5 +82,5 @@ def visible(text: str) -> str:
 def text_tokens(tokenizer, texts: Sequence[str], classes: np.ndarray) -> list[np.ndarray]:
     """T of each text, int64: its ids as the tokenizer encodes it, special tokens included, as tokens that count."""
     rows = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-    tokens = [classes[np.asarray(row, np.int64)] for row in rows]
+    tokens = (classes[np.asarray(row, np.int64)] for row in rows)
     return [row[row >= 0] for row in tokens]

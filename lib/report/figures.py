@@ -1,10 +1,8 @@
 """One kit for the figures of every notebook: each function takes a tidy table and returns a matplotlib figure.
-
 All are 9 inches wide, so that their text has one size on a page. The keyword arguments `texts` are title (the finding,
 left above the legend and the panels), xlabel and, but for dots and bars, ylabel. Of a table's columns, `hue` decides
 colour, marker and line, `panel` makes panels, and what is true in `hollow` has a hollow marker. An interval is found by
-its columns' names (see `interval`). What is NaN is not drawn. How all this looks stands in `figures.yaml`.
-"""
+its columns' names (see `interval`). What is NaN is not drawn. How all this looks stands in `figures.yaml`."""
 
 import re
 from collections.abc import Sequence
@@ -73,7 +71,7 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
            ylabel: str = "", keys: Sequence = (), height: float, log: bool = False, **share):
     """A figure with its title and the legend `keys`, and for each panel its axis and its part of the table. Panels of
     `across` stand side by side, at most four in a row, those of `down` below each other; with over four of `across`,
-    the two change places. `height` is that of a row in inches, `log` makes x logarithmic, `share` is as of pyplot."""
+    the two change places. `height` is a row's in inches, `log` makes x logarithmic, `share` is as of pyplot."""
     if across and down and table[across].nunique() > 4:
         across, down = down, across
     columns, rows = (table[by].unique() if by else [""] for by in (across, down))
@@ -109,9 +107,8 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
 def dots(table: pd.DataFrame, value="value", row="prompt", hue=None, panel=None, *, zero=np.nan, log=False, signed=(),
          group=None, hollow=None, crosses: dict[str, pd.DataFrame] | None = None, **texts: str):
     """Points with intervals: a line for each name in `row`, in which the points of all `hue` stand; a reference line at
-    `zero`. With `signed`, what to call better and worse, colours tell the sign where the interval does not hold 0. The
-    families in the column `group` become headings. The values of `crosses`, legend text -> table with the same columns,
-    are drawn as crosses (the paper's numbers)."""
+    `zero`. With `signed`, what to call better and worse, colours tell the sign where the interval does not hold 0.
+    Names in `group` become headings. `crosses`: legend text -> table with the same columns, drawn as crosses."""
     others = [of[of[row].isin(table[row])].assign(_cross=True) for of in (crosses or {}).values()]
     table = pd.concat([table.assign(_cross=False), *others], ignore_index=True)
     table["_hue"], table["_group"] = table[hue] if hue else "", table[group] if group else ""
@@ -172,7 +169,7 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
     """A line for each `hue` with its interval as a band or, with `points`, with markers and bars; `panel` side by side,
     `panel_row` below each other. Without ylabel, the unit of all, each row or panel has a y axis and unit of its own.
     `log`: which of "x" and "y" are logarithmic. `marks`, text -> x, are dotted vertical lines, `levels`, legend text ->
-    panel -> y, dashed horizontal ones. `ring` is what to call the rings around the highest point of each line."""
+    panel -> y, dashed horizontal ones. `ring` names the rings around the highest point of each line."""
     table, marks, levels = table.assign(_hue=table[hue] if hue else ""), marks or {}, levels or {}
     styles = {name: style | ({} if points else {"marker": ""}) for name, style in palette(table["_hue"]).items()}
     keys = [key(label(name, hue), lw=1.6, **style) for name, style in styles.items() if hue]
@@ -209,7 +206,7 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
 def heat_maps(table: pd.DataFrame, x: str, y: str, value: str, panel=None, panel_row=None, *, label: str, star=True,
               **texts: str):
     """A map of `value`, named `label`, over x and y for each panel; a star marks its highest value. Blue is above 0,
-    grey what was not measured. All share one scale, which is cut at the 95th percentile."""
+    grey what was not measured. All share one scale, cut at the 95th percentile."""
     xs, ys, limit = sorted(table[x].unique()), sorted(table[y].unique()), np.nanpercentile(table[value].abs(), 95)
     keys = [key("highest of its panel", "black", marker="*", ls="", ms=8)] if star else []
     figure, parts = panels(table, panel, panel_row, keys=keys, height=max(2, 0.5 + 0.2 * len(ys)), **texts)

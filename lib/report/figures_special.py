@@ -30,9 +30,8 @@ def placeholder_diagram(tokens: list[str], placeholder: int, start: int, end: in
 
 
 def token_bars(tables: dict[str, pd.DataFrame], title: str):
-    """The tokens that one text aligns to, best first, with their logits: a panel for each method. `tables`: method ->
-    columns token, logit and either in_text, whether the token is in the text, or along and rest, the parts of the logit
-    that the first component and all others give."""
+    """The tokens that one text aligns to, best first: a panel for each method. `tables`: method -> columns token, logit
+    and either in_text (bool), or along and rest, the parts of the logit by the first component and all others."""
     whole = pd.concat(tables, names=["method"]).reset_index("method")
     split, deepest = "along" in whole, whole["method"].value_counts().max()
     fills = {"first component": VERMILION, "rest": BLUE} if split else {"in the text": BLUE, "not in the text": "0.78"}

@@ -1,8 +1,6 @@
 """What the papers print, beside what was measured here: `python -m lib.report.paper [--measured]` shows every number.
-
 A published number is `reproduced`, `differs`, `explained` (it differs, and `configs/explanations.csv` says why) or
-`not run`, with the reason. The exit status is 1 if any number `differs`, else 0.
-"""
+`not run`, with the reason. The exit status is 1 if any number `differs`, else 0."""
 
 import argparse
 import sys
@@ -14,7 +12,6 @@ from lib.core.store import ROOT
 
 PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
 KEYS = ["model", "method", "tp", "task", "metric"]
-
 # Backbones that the papers report: hub id -> name in `data/paper/` and of the profile.
 PAPER_MODELS = {
     "meta-llama/Llama-2-7b-hf": "llama2-7b", "meta-llama/Llama-2-13b-hf": "llama2-13b", "Qwen/Qwen2-7B": "qwen2-7b",
@@ -43,8 +40,7 @@ def sts_table(model: str) -> str:
 def beside_paper(ours: pd.DataFrame, table: str, model: str, sample: bool) -> pd.DataFrame:
     """Every number of a published table beside ours: `KEYS`, paper, ours, difference, status, source, grade. `ours` has
     the columns method, tp (bool), task and value, named as in the published table (main setting only), and metric where
-    that has more than one (else `ValueError`). If `model`, which gave them, is not the published one, or if they come
-    from `sample` data, the status says so."""
+    that has more than one (else `ValueError`). The status tells another `model` and `sample` data."""
     published = read_paper(table).query("variant == ''")
     if "metric" not in ours:
         ours = ours.assign(metric=published["metric"].drop_duplicates().item())
@@ -62,12 +58,9 @@ def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFra
     published = pd.concat(read_paper(path.stem).assign(table=path.stem) for path in sorted(PAPER.glob("*.csv")))
     same = measured.loc[~measured["status"].isin(["other model", "sample data"]), [*KEYS, "ours", "profile"]]
     merged = _differences(published, same.assign(variant=""), [*KEYS, "variant"])
-    cases = {
-        "reproduced": merged["within"],
-        "differs": merged["ours"].notna(),
-        "not run: a variant of the paper's main setting": merged["variant"] != "",
-        "not run: no notebook measures this": merged["tolerance"].isna(),
-    }
+    cases = {"reproduced": merged["within"], "differs": merged["ours"].notna(),
+             "not run: a variant of the paper's main setting": merged["variant"] != "",
+             "not run: no notebook measures this": merged["tolerance"].isna()}
     for name in PAPER_MODELS.values():
         cases[f"not run: needs a GPU and the model; ./run_all.sh {name}"] = merged["model"] == name
     merged["status"] = np.select(list(cases.values()), list(cases), "not run: there is no profile for the model")

@@ -34,22 +34,18 @@ ABOUT = ("@... is the entry of that name under shared. results_read: how many of
 class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
     backbone, source, settings, store, and where: model, dtype and data in words.
-
-    Args:
-        notebook, profile: their names, for the provenance and the folder under `figures/`.
-        model, dtype: as of `load_backbone`.
-        context: what the runner hands over. fresh_since: what was stored before this time, in seconds of the epoch,
-            does not count. log: a file that is told what was reused and how much memory it took. hub_unreachable: why
-            not to ask the hub. meeting: the file by which processes meet. parameters: all that were given.
-    """
+    `notebook` and `profile` name the provenance and the folder under `figures/`; `model` and `dtype` are as of
+    `load_backbone`. `context` is what the runner hands over: fresh_since, what was stored before this time, in seconds
+    of the epoch, does not count; log, a file that is told what was reused and how much memory it took; hub_unreachable,
+    why not to ask the hub; meeting, the file by which processes meet; parameters, all that were given."""
 
     def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None):
         self.notebook, self.profile, self._context = notebook, profile, context or {}
         atexit.register(self._log_memory)
-        if self._context.get("meeting"):
-            processes.join(self._context["meeting"])
-        if self._context.get("hub_unreachable"):
-            sources.assume_hub_unreachable(self._context["hub_unreachable"])
+        if meeting := self._context.get("meeting"):
+            processes.join(meeting)
+        if reason := self._context.get("hub_unreachable"):
+            sources.assume_hub_unreachable(reason)
         set_style()
         self.backbone, self.source = load_backbone(model, dtype), sources.find_source()
         self.store = EmbeddingStore(fresh_since=float(self._context.get("fresh_since") or 0))
@@ -96,10 +92,8 @@ class Session:
 
     def show(self, shown: pd.DataFrame | plt.Figure, name: str, caption: str, digits=2, detail="", where="") -> None:
         """Write a table (`.csv`, `.md`) or figure (`.png`) to `figures/<profile>/`, and its provenance; display it.
-
         To `caption`, what it is, `where` is added: by default model, dtype and data. Numbers have `digits` decimals, in
-        the CSV six. Of a table only the rows that the query `detail` chooses are displayed, at most 40.
-        """
+        the CSV six. Of a table only the rows that the query `detail` chooses are displayed, at most 40."""
         caption, folder = f"{caption.rstrip('.')}. {where or self.where}", FIGURES / self.profile
         if isinstance(shown, pd.DataFrame):
             table = shown if shown.index.names == [None] else shown.reset_index()

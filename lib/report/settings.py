@@ -45,7 +45,6 @@ def save_settings(model: str, prompts: dict, about: dict, sample: bool = False, 
     path = settings_file(model, sample, profile)
     found = yaml.safe_load(path.read_text()) if path.exists() else {"prompts": {}}
     chosen = {name: found["prompts"].get(name, {}) | setting for name, setting in prompts.items()}
-    about = found | about | {"prompts": found["prompts"] | chosen}
-    content = yaml.safe_dump(about, sort_keys=False, width=120)
-    write_atomically(path, content.encode())
+    content = found | about | {"prompts": found["prompts"] | chosen}
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120).encode())
     return path

@@ -77,9 +77,8 @@ def read_profile(name: str) -> dict:
 
 def listing() -> str:
     """All profiles, and all notebooks with their parameters."""
-    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    lines = ["Profiles (configs/):", *(f"  {name:<14}{read_profile(name)['description']}" for name in names)]
-    lines.append("Notebooks and their parameters:")
+    about = {path.stem: read_profile(path.stem)["description"] for path in sorted(CONFIGS.glob("*.yaml"))}
+    lines = ["Profiles (configs/):", *(f"  {n:<14}{said}" for n, said in about.items()), "Notebooks, with parameters:"]
     for stem, own in declared().items():
         lines += [f"  {stem}", *(f"    {p['name']} = {p['default']}  {p['help']}".rstrip() for p in own.values())]
     return "\n".join(lines)
@@ -122,7 +121,6 @@ def run(parameters: dict[str, dict], folder: Path, fresh_since: float) -> int:
     kernels.preload()
     from lib.core.bundled import install_missing  # takes seconds, in which the process behind the kernels imports too
     from lib.data import sources
-
     install_missing({given.get("model") for given in parameters.values()})
     data = sources.find_source().label
     context = {"fresh_since": fresh_since, "hub_unreachable": sources.hub_unreachable}

@@ -1,6 +1,5 @@
-"""Aligned tokens as a description of meaning (notebook 07): of similarity and relatedness, and of an asked aspect.
-arXiv 2406.17378 shows both on examples. Here they are counted: on minimal pairs, on pairs with gold scores, and on the
-classes of transfer tasks, which are asked for with instructions that fit and with others."""
+"""Aligned tokens as a description of meaning (notebook 07), which arXiv 2406.17378 shows on examples: here counted, on
+minimal pairs, pairs with gold scores, and transfer tasks' classes, asked for with instructions that fit and others."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -18,7 +17,6 @@ from lib.data.sources import EvaluationData
 from lib.evaluation import alignment
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, mean_of
 from lib.evaluation.sts import cosine
-from lib.evaluation.vocabulary import DEFAULT_RULE, token_classes
 
 HIGHEST = 10  # how many of an embedding's tokens count as its highest
 MEASURES = ("cosine", "overlap", "both")
@@ -30,11 +28,9 @@ Encoders = dict[str, SentenceEncoder]
 
 
 def token_overlap(decoder: Backbone, first: np.ndarray, second: np.ndarray, layer: int, k: int) -> np.ndarray:
-    """Share of the k aligned tokens that the two texts of a pair, embeddings (pairs, hidden), have in common: float64
-    (pairs,), 0 to 1. Each token's mean logit over all these texts is subtracted before the highest are taken, or the
-    tokens that every text aligns to would decide."""
-    classes = token_classes(decoder.tokenizer, len(alignment.output_matrix(decoder)), DEFAULT_RULE)
-    texts = np.concatenate([first, second])
+    """Share of the k aligned tokens that both texts of a pair, embeddings (pairs, hidden), have: float64 (pairs,). Each
+    token's mean logit over all these texts is subtracted first, or tokens that every text aligns to would decide."""
+    texts, classes = np.concatenate([first, second]), alignment.counted(decoder)
     mean = alignment.mean_logits(alignment.logit_chunks(decoder, texts, layer, classes))
     ids, _ = alignment.top_tokens(decoder, texts, layer, k, classes, mean)
     return np.array([len(np.intersect1d(a, b)) / k for a, b in zip(*np.split(ids, 2))])
@@ -76,20 +72,19 @@ def similarity_gaps(pairs: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
 
 
 def minimal_pairs(encoders: Encoders, decoder: Backbone, pairs: pd.DataFrame, k: int) -> pd.DataFrame:
-    """Every minimal pair (`lib.data.texts.load_minimal_pairs`) under each encoder. Returns the pairs' columns, and
-    method, cosine, overlap (of k tokens); changed and shared: of the tokens that only one of the two sentences has, and
-    of those that both have, the share among the `HIGHEST`; missing if there are none."""
+    """Every minimal pair (`lib.data.texts.load_minimal_pairs`) under each encoder: the pairs' columns, method, cosine,
+    overlap (of k tokens), and changed and shared: of the tokens that only one of the two sentences has, and of those
+    that both have, the share among the `HIGHEST`; missing if there are none."""
     tables, texts = [], [*pairs["sentence1"], *pairs["sentence2"]]
     for method, encoder in encoders.items():
         embeddings, layer = encoder.encode(texts), encoder.exit_layer
         ranks = alignment.embedding_ranks(decoder, embeddings, layer, texts, deepest=HIGHEST)
         ranks = ranks.assign(pair=ranks["text"] % len(pairs), found=ranks["rank"] <= HIGHEST)
         ranks["both"] = ranks.duplicated(["pair", "token"], keep=False)
-        shares = ranks.pivot_table("found", "pair", "both").reindex(range(len(pairs)), columns=[False, True])
+        shares = ranks.pivot_table("found", "pair", "both").reindex(range(len(pairs))).set_axis(pairs.index)
         sides = np.split(embeddings, 2)
         table = pairs.assign(method=method, cosine=cosine(*sides), overlap=token_overlap(decoder, *sides, layer, k))
-        table[["changed", "shared"]] = shares.to_numpy(float)
-        tables.append(table)
+        tables.append(table.assign(changed=shares.get(False, np.nan), shared=shares.get(True, np.nan)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -125,12 +120,11 @@ def class_scores(decoder: Backbone, states: np.ndarray, layer: int, classes: Seq
 
 def instruction_answers(encoders: Encoders, data: dict[str, EvaluationData], words=WORDS, tasks=TASKS) -> pd.DataFrame:
     """Whether each text's class is found under the instruction that fits its task, under the others, and under none.
-
     `encoders` have the prompt of each aspect of `INSTRUCTIONS`; `data` are tasks of `TASKS` with texts and labels.
     Returns columns measure, instruction (fitting, wrong, no instruction), task, item, and found: 100 or 0, for wrong
-    the mean over the instructions that do not fit. `zero-shot` takes the class with the highest of `class_scores`.
-    `calibrated` subtracts each class's mean over the texts before: it needs no label, but other texts. `linear` is a
-    logistic regression (L2, C = 1, standardised features) on the embeddings, trained on the four other fifths."""
+    the mean over the instructions that do not fit. `zero-shot` takes the class with the highest of `class_scores`,
+    `calibrated` after subtracting each class's mean over the texts, and `linear` is a logistic regression (L2, C = 1,
+    standardised features) on the embeddings, trained on the four other fifths."""
     tables, folds = [], model_selection.KFold(5, shuffle=True, random_state=0)
     linear = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=1000))
     for (task, texts), (aspect, encoder) in product(data.items(), encoders.items()):

@@ -4,15 +4,18 @@ import gc
 import json
 import os
 import timeit
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -39,14 +42,7 @@ QUARTILES = ("lower quartile", "upper quartile")
 TIMES = ["time ratio", *QUARTILES]
 PYTHON, OTHER = "Python, between operations", "other"
 # Where an operation's time is booked; what is not named here is `OTHER`.
-OPERATIONS = {
-    "matrix products": "mm addmm bmm baddbmm matmul linear",
-    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _softmax softmax",
-    "norms, activations, sums": "add add_ sub mul mul_ div div_ neg pow rsqrt mean sum silu gelu tanh sin cos "
-                                "layer_norm native_layer_norm",
-    "copies and indexing": "copy_ _to_copy to clone contiguous cat index index_put_ _index_put_impl_ index_select "
-                           "embedding fill_ empty empty_strided empty_like repeat gather",
-}
+OPERATIONS = yaml.safe_load(Path(__file__).with_name("operations.yaml").read_text(encoding="utf-8"))
 GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names.split()} | {PYTHON: PYTHON}
 
 
@@ -85,12 +81,10 @@ def count_flops(run: Callable[[], object]) -> int:
 @contextmanager
 def count_tokens(backbone: Backbone):
     """Yields a dict; afterwards its `"tokens"` holds how many tokens, padding included, went into the first block."""
-    result = {"tokens": 0}
-
-    def hook(_, args, kwargs):
-        result["tokens"] += block_input(args, kwargs).shape[:2].numel()
-
-    with backbone.layers[0].register_forward_pre_hook(hook, with_kwargs=True):
+    result = Counter(tokens=0)
+    with backbone.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: result.update(tokens=block_input(args, kwargs).shape[:2].numel()), with_kwargs=True
+    ):
         yield result
 
 
@@ -116,13 +110,12 @@ def peak_memory(device: torch.device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         yield result
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    result["bytes"] = int(max(np.cumsum(changes), default=0))
+    result["bytes"] = int(max(np.cumsum([of.nbytes() for of in events if of.name() == "[memory]"]), default=0))
 
 
-def group_shares(events: dict[str, float]) -> pd.Series:
+def group_shares(events: dict[str, float], groups=GROUPS) -> pd.Series:
     """Operation -> own time, as group -> share of the whole; own time of `PYTHON` is what no operation accounts for."""
-    times = pd.Series(events, dtype=float).groupby(lambda name: GROUPS.get(name, OTHER)).sum()
+    times = pd.Series(events, dtype=float).groupby(lambda name: groups.get(name, OTHER)).sum()
     return times.reindex([*OPERATIONS, PYTHON, OTHER], fill_value=0.0) / times.sum()
 
 
@@ -143,15 +136,13 @@ class Contender:
     method: TokenPrepending | None = None
 
     def encoder(self, backbone: Backbone, store=None) -> SentenceEncoder:
-        """The encoder that is measured."""
         return SentenceEncoder(backbone, READ_AS.get(self.name, self.name), self.method, self.exit_layer, store=store)
 
 
 def contenders(names: Iterable[str], settings: dict[str, Setting], one_by_one: bool) -> list[Contender]:
-    """What is compared in the paper's protocol (one by one) and in practice. The paper's has every method, and with TP
-    where there is a setting, all read at PromptEOL's exit layer. In practice every method is read at the last layer,
-    and where there is a setting at its exit layer, without and with TP. Raises `ValueError` if PromptEOL, to which all
-    times are ratios, is not among the names."""
+    """What is compared: one by one, in the paper's protocol, every method, and with TP where there is a setting, all at
+    PromptEOL's exit layer; in practice every method at the last layer, and where there is a setting at its exit layer,
+    without and with TP. `ValueError` if PromptEOL, to which all times are ratios, is not among the names."""
     if REFERENCE not in (names := list(names)):
         raise ValueError(f"Costs are ratios to {REFERENCE}, which is not among the methods: {', '.join(names)}.")
     rows, layer = [], settings[REFERENCE].exit_layer
@@ -164,9 +155,8 @@ def contenders(names: Iterable[str], settings: dict[str, Setting], one_by_one: b
 
 
 def prepared(encoder: SentenceEncoder, sentences: list[str], one_by_one: bool) -> Callable[[], np.ndarray]:
-    """What is timed: a function that embeds the sentences, float32 (sentences, hidden). One by one, the paper's
-    protocol, it finds the token ids, and the keys and values of the prompt's prefix, at hand, and gives the distinct
-    sentences, longest first, template after template."""
+    """What is timed: a function that embeds the sentences, float32 (sentences, hidden). One by one, token ids and the
+    prefix's keys and values are at hand, and it embeds distinct sentences, longest first, template after template."""
     if not one_by_one:
         return partial(encoder.encode, sentences, show_progress_bar=False)
     work, layer = [], encoder.exit_layer
@@ -177,13 +167,10 @@ def prepared(encoder: SentenceEncoder, sentences: list[str], one_by_one: bool) -
     return lambda: np.concatenate([encoder.forward(*one)[layer].float().cpu().numpy() for one in work])
 
 
-def run_methods(
-    backbone: Backbone, rows: list[Contender], sentences: list[str], rounds: int, one_by_one: bool, threads: int = 0
-) -> pd.DataFrame:
-    """Time all rows in one interleaved run, each round with the machine's matmul peak beside them. Returns a row per
-    method and round: method, variant, layer, round, seconds, peak (operations/s), and, the same in each round,
-    sentences, tokens and flops (of all sentences, counted during the warm-up), memory (bytes). `threads`, how many
-    torch uses, changes nothing here, but makes a stored time one of this machine."""
+def run_methods(backbone: Backbone, rows, sentences, rounds: int, one_by_one: bool, threads: int = 0) -> pd.DataFrame:
+    """Time all rows in one interleaved run, each round with the machine's matmul peak beside them: a row per method and
+    round, with method, variant, layer, round, seconds, peak (operations/s), and, the same in each round, sentences,
+    tokens and flops (of all sentences), memory (bytes). `threads` of torch only makes a stored time this machine's."""
     calls, counted, peaks = {}, {}, []
     for row in rows:
         encoder = row.encoder(backbone)
@@ -195,13 +182,12 @@ def run_methods(
         counted[row] = {"method": row.name, "variant": row.variant, "layer": encoder.exit_layer,
                         "sentences": len(sentences), **tokens, "flops": flops, "memory": memory["bytes"]}
     calls["peak"] = lambda: peaks.append(matmul_peak(backbone.dtype, backbone.device, repeats=4))
-    seconds = measure(calls, rounds)
-    return pd.DataFrame([
-        counted[row] | {"round": i, "seconds": seconds[row][i], "peak": peaks[i]} for row in rows for i in range(rounds)
-    ])
+    taken, numbers = measure(calls, rounds), range(rounds)
+    tables = [pd.DataFrame(counted[row] | {"round": numbers, "seconds": taken[row], "peak": peaks}) for row in rows]
+    return pd.concat(tables, ignore_index=True)
 
 
-def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many: list[str]) -> pd.DataFrame:
+def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many: list[str], groups=GROUPS):
     """Profile one call of each row, with the sentences `few` one by one and with `many` in batches: columns run (naming
     both), group (of `OPERATIONS`, `PYTHON` or `OTHER`) and share of the CPU time."""
     shares = {}
@@ -211,7 +197,7 @@ def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many:
         with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler, record_function(PYTHON):
             run()
         events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-        shares[f"{way}, {row.variant}"] = group_shares(events)
+        shares[f"{way}, {row.variant}"] = group_shares(events, groups)
     return pd.concat(shares, names=["run", "group"]).rename("share").reset_index()
 
 
@@ -238,14 +224,13 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def overhead(runs: pd.DataFrame, tp: str = TP, base: str = BASELINE) -> pd.DataFrame:
     """TP against the same prompt without it, in the same round: time ratio with quartiles, FLOP ratio, tokens added."""
-    rows = []
-    for name, own in runs[runs["variant"] == tp].groupby("method", sort=False):
-        other = runs[(runs["method"] == name) & (runs["variant"] == base)]
-        times = dict(zip(TIMES, ratio_quartiles(own["seconds"], other["seconds"])))
-        own, other = own.iloc[0], other.iloc[0]
-        rows.append({"method": name, **times, "FLOP ratio": own["flops"] / other["flops"],
-                     "more tokens / sentence": (own["tokens"] - other["tokens"]) / own["sentences"]})
-    return pd.DataFrame(rows)
+    groups, rows = dict(list(runs.groupby(["method", "variant"], sort=False))), []
+    for name in runs.loc[runs["variant"] == tp, "method"].unique():
+        own, other = groups[name, tp], groups[name, base]
+        more = (own["tokens"].iloc[0] - other["tokens"].iloc[0]) / own["sentences"].iloc[0]
+        ratio = own["flops"].iloc[0] / other["flops"].iloc[0]
+        rows.append((name, *ratio_quartiles(own["seconds"], other["seconds"]), ratio, more))
+    return pd.DataFrame(rows, columns=["method", *TIMES, "FLOP ratio", "more tokens / sentence"])
 
 
 def quality(backbone: Backbone, rows: list[Contender], data: EvaluationData, draws: int, store=None) -> pd.DataFrame:

@@ -1,5 +1,4 @@
-"""What notebooks 01 and 02 say about TP's effect, from tables of items that `lib.evaluation` made: a prompt's variants
-beside each other, and TP's ends beside the best."""
+"""TP's effect (notebooks 01, 02), from tables of items: a prompt's variants side by side, TP's ends beside the best."""
 
 from collections.abc import Callable
 
@@ -8,11 +7,9 @@ import pandas as pd
 from lib.evaluation.intervals import compare, wide
 
 
-def compare_variants(
-    runs: dict[str, dict[str, pd.DataFrame]], statistic: Callable, reference: str | None = None, draws: int = 10_000
-) -> pd.DataFrame:
+def compare_variants(runs: dict[str, dict], statistic: Callable, reference=None, draws=10_000) -> pd.DataFrame:
     """Every variant (baseline, TP, …) of every prompt, beside the variant `reference` of that prompt where it has it.
-    `runs`: prompt -> variant -> table of items at one layer. Columns prompt, variant, layer and those of `compare`."""
+    `runs`: prompt -> variant -> table (or tables) of a layer's items. Columns prompt, variant, layer, `compare`'s."""
     tables = []
     for prompt, variants in runs.items():
         table = compare(variants, statistic, reference if reference in variants else None, draws=draws)
@@ -34,16 +31,12 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callable) -> pd.DataFrame:
-    """The average over the tasks by the placeholder's seed, summed up: prompt, variant, count, mean, std, min, max.
-
-    `runs` are prompt -> variant -> a table of items for each seed. The standard deviation of one seed is nan.
-    """
-    rows = []
-    for prompt, variants in runs.items():
-        for variant, tables in variants.items():
-            scores = overall(compare(dict(enumerate(tables)), statistic, draws=0))["value"]
-            rows.append({"prompt": prompt, "variant": variant, **scores.agg(["count", "mean", "std", "min", "max"])})
-    return pd.DataFrame(rows).astype({"count": int})
+    """The average over the tasks by the placeholder's seed, summed up: prompt, variant, count, mean, std (nan of one
+    seed), min, max. `runs` are prompt -> variant -> a table of items for each seed."""
+    scores = {(prompt, variant): overall(compare(dict(enumerate(tables)), statistic, draws=0))["value"]
+              for prompt, variants in runs.items() for variant, tables in variants.items()}
+    groups = pd.concat(scores, names=["prompt", "variant"]).groupby(["prompt", "variant"], sort=False)
+    return groups.agg(["count", "mean", "std", "min", "max"]).reset_index()
 
 
 def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
@@ -59,10 +52,9 @@ def describe_ends(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
     """One sentence on whether the best end is deeper for transfer; tables from `compare_ends` over the same ends."""
     tables = {"transfer": transfer.set_index("end"), "STS-B dev": sts.set_index("end")}
     here, there = (table["value"].idxmax() for table in tables.values())
-    said = "Of these ends, " + " and ".join(
-        "{0} is best at {1} ({value:.1f}, 95 % interval {low:.1f} to {high:.1f})".format(name, end, **table.loc[end])
-        for (name, table), end in zip(tables.items(), (here, there), strict=True)
-    )
+    text = "{0} is best at {1} ({value:.1f}, 95 % interval {low:.1f} to {high:.1f})"
+    parts = [text.format(name, end, **of.loc[end]) for (name, of), end in zip(tables.items(), (here, there))]
+    said = f"Of these ends, {' and '.join(parts)}"
     if here == there:
         return f"{said}: the same end for both."
     # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.

@@ -1,7 +1,6 @@
-"""The key tokens of embeddings, and the one direction in which an embedder leaves its backbone (notebook 04).
-Source: arXiv 2406.17378 and its official code. They find that most of what separates an embedder from its backbone lies
-in the first component of the backbone's *uncentred* embeddings. Logits are linear only in what the unembedding reads,
-so every spectrum here is one of last-layer embeddings."""
+"""The key tokens of embeddings, and the one direction in which an embedder leaves its backbone (notebook 04): by arXiv
+2406.17378 and its code, the first component of the backbone's *uncentred* embeddings. Logits are linear only in what
+the unembedding reads, so every spectrum here is one of last-layer embeddings."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,11 @@ MERGED, CONTENT = list(RULES)[-2:]  # case and spaces merged, as everywhere; and
 STUDIED = ("Hit@10", "LAR", "Hit@10, content words", "LAR, content words")
 
 
-def key_token_scores(
-    encoders: Encoders, decoder: Backbone, texts: Sequence[str], rules: Sequence[str] = (MERGED, CONTENT),
-    layers: Sequence[int] = (-1,), ks: Sequence[int] = (10,), reference: Hashable | None = None, draws: int = 1000,
-) -> pd.DataFrame:
-    """How well embeddings align to the tokens of their own texts, for every counting rule and layer. The unembedding of
-    `decoder` decodes the embeddings of all encoders, `rules` are names in `RULES`, `layers` in Hugging Face's
-    numbering, and the rest is as in `alignment_scores`, whose columns follow rule and layer (0 to num_layers). Metrics
-    under `CONTENT` are named so, as in `LAR, content words`."""
+def key_token_scores(encoders: Encoders, decoder: Backbone, texts: Sequence[str], rules=(MERGED, CONTENT), layers=(-1,),
+                     ks=(10,), reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
+    """How well embeddings, decoded by `decoder`, align to the tokens of their own texts, for every counting rule (names
+    in `RULES`) and layer. The rest is as in `alignment_scores`, whose columns follow rule and layer (0 to num_layers).
+    Metrics under `CONTENT` are named so, as in `LAR, content words`."""
     index, tables = [decoder.layer_index(n) for n in layers], {}
     states = {run: encoder.encode_layers(texts, index) for run, encoder in encoders.items()}
     for rule, layer in product(rules, index):
@@ -43,15 +39,12 @@ def key_token_scores(
     return table
 
 
-def gain_relation(
-    encoders: Encoders, decoder: Backbone, data: EvaluationData, layers: Sequence[int], draws: int = 1000
-) -> pd.DataFrame:
+def gain_relation(encoders: Encoders, decoder: Backbone, data: EvaluationData, layers, draws=1000) -> pd.DataFrame:
     """Whether an STS pair whose sentences gain in alignment also gains in STS, from the first encoder to the others.
-
-    A pair gains in LAR by the mean change of its two sentences' LAR, and in STS by how much nearer the rank of its
-    similarity comes to that of its gold score, in percent of all ranks. Pairs with a sentence without tokens have no
-    LAR and are left out. Returns columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman
-    of the two gains x 100 with low and high, its 95 % bootstrap interval over pairs."""
+    A pair gains in LAR by the mean change of its sentences' LAR (without tokens they have none, and it is left out),
+    and in STS by how much nearer the rank of its similarity comes to that of its gold score, in percent of all ranks.
+    Columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman of the two gains x 100 with its
+    95 % bootstrap interval over pairs, low and high."""
     sentences, before, rows = [*data["sentence1"], *data["sentence2"]], {}, []
     for variant, encoder in encoders.items():
         for layer, states in encoder.encode_layers(sentences, [decoder.layer_index(n) for n in layers]).items():
@@ -70,16 +63,13 @@ def gain_relation(
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How an embedder's embeddings of some texts differ from an encoder's, along the encoder's principal components.
+    """How an embedder's embeddings of some texts differ from an encoder's, along the encoder's principal components."""
 
-    `first` is u_1 (see `principal_components`) and `mean` the encoder's mean embedding, both float64 (hidden,); `v1` is
-    the mean change along u_1. Columns of `variation`: component (from 1); variation: v_i, the mean change along it;
-    deviation: its standard deviation over texts; share: part of the squared norm of the mean change that lies in it;
-    share_each: part of the summed squared norms of the texts' own changes."""
-
-    first: np.ndarray
-    v1: float
-    mean: np.ndarray
+    first: np.ndarray  # u_1 (see `principal_components`), float64 (hidden,)
+    v1: float  # the mean change along it
+    mean: np.ndarray  # of the encoder's embeddings, float64 (hidden,)
+    # Columns component (from 1); variation, v_i, the mean change along it; deviation, that over texts; share and
+    # share_each, its parts of the squared norms of the mean change and, summed, of the texts' own changes.
     variation: pd.DataFrame
 
     @classmethod
@@ -90,11 +80,13 @@ class Spectrum:
         components, _ = principal_components(embeddings, centre)
         change = target.astype(np.float64) - embeddings
         along = change @ components.T
-        table = pd.DataFrame({"component": range(1, len(components) + 1), "variation": along.mean(axis=0)})
-        table["deviation"] = along.std(axis=0)
-        table["share"] = table["variation"] ** 2 / (change.mean(axis=0) ** 2).sum()
-        table["share_each"] = (along**2).sum(axis=0) / (change**2).sum()
-        return cls(components[0], float(table["variation"][0]), embeddings.mean(axis=0, dtype=np.float64), table)
+        variation = along.mean(axis=0)
+        table = pd.DataFrame({
+            "component": range(1, len(components) + 1), "variation": variation, "deviation": along.std(axis=0),
+            "share": variation**2 / (change.mean(axis=0) ** 2).sum(),
+            "share_each": (along**2).sum(axis=0) / (change**2).sum(),
+        })
+        return cls(components[0], float(variation[0]), embeddings.mean(axis=0, dtype=np.float64), table)
 
     def shift(self, multiple: float = 1.0) -> ComponentShifted:
         """h + multiple v_1 u_1 for every embedding h; the paper's adjustment has the multiple 1."""
@@ -102,9 +94,8 @@ class Spectrum:
 
 
 def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, k: int = 10) -> pd.DataFrame:
-    """The k highest logits of a state (hidden,), split into the part along a unit vector (hidden,) and the rest, with a
-    bias of the unembedding (GPT-J, Phi): columns id, token, logit, along, rest. `ValueError` if the logits are not
-    linear in the state (the head of a masked model, as BERT's)."""
+    """The k highest logits of a state (hidden,), split into the part along a unit vector (hidden,) and the rest, which
+    has any bias: columns id, token, logit, along, rest. `ValueError` for a masked model's head, which is not linear."""
     if not hasattr(backbone.unembedding, "weight"):
         raise ValueError(f"The logits of {backbone.name} are not linear in its states, so they have no such parts.")
     table = aligned_tokens(backbone, state[None], k=k).drop(columns="text")
@@ -127,9 +118,7 @@ def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes:
     return pd.DataFrame(rows, columns=["method", "N", "centred", "v_1", "share", "share_each", "cosine"])
 
 
-def shift_study(
-    encoders: Encoders, spectra: Spectra, decoder: Backbone, texts: Sequence[str], multiples: Sequence[float], draws=200
-) -> pd.DataFrame:
+def shift_study(encoders: Encoders, spectra: Spectra, decoder: Backbone, texts, multiples, draws=200) -> pd.DataFrame:
     """The metrics of `STUDIED` after `Spectrum.shift` by each multiple: method, amount, metric, value, low, high."""
     shifted = {(name, m): encoder.changed(postprocess=spectra[name].shift(m))
                for (name, encoder), m in product(encoders.items(), multiples)}
@@ -138,12 +127,10 @@ def shift_study(
     return scores.loc[scores["metric"].isin(STUDIED), ["method", "amount", "metric", "value", "low", "high"]]
 
 
-def adjustments(
-    encoders: Encoders, spectra: Spectra, decoder: Backbone, data: EvaluationData, draws: int = 1000
-) -> pd.DataFrame:
-    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`:
-    columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference, difference_low and
-    difference_high, against embeddings without adjustment."""
+def adjustments(encoders: Encoders, spectra: Spectra, decoder: Backbone, data: EvaluationData, draws=1000):
+    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`: a
+    table with the columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference,
+    difference_low and difference_high, against embeddings without adjustment."""
     tables = []
     for method, spectrum in spectra.items():
         ways = {"none": None, "shifted by v_1": spectrum.shift(), "mean subtracted": MeanRemoved(spectrum.mean),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from math import nan
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,7 @@ import yaml
 
 from lib.core import processes
 from lib.core.backbone import Backbone, load_backbone
+from lib.core.contrastive import ContrastivePrompting
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import check_finite, read_states, safe_float16
 from lib.core.prompts import PROMPTS, Prompt, get_prompt
@@ -28,7 +30,6 @@ from lib.data.sts import dev_task, load_sts
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report.paper import read_paper
 from lib.report.settings import save_settings, settings_file
-from lib.studies.methods import search_contrastive
 
 # The search's first round tries these spans on few pairs, the second the best of them and the baseline on all pairs.
 # A span that starts at block 2 or later hangs on the placeholder's random vector (notebook 03), so its score is a mean
@@ -37,13 +38,13 @@ SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (0, 3), (2, 3), (2, 5))
 COARSE_SPANS = ((1, 2), (1, 8))
 SEEDS = (3407, 1, 2, 3, 4)
 FIRST_PAIRS, FINALISTS, FEWEST_PAIRS, CP_PAIRS = 60, 2, 3, 100
+# CP's settings that are tried, the paper's grid for 32 blocks: block, strength (of the rule NS alone) and rule.
+CP_GRID = (*product((2, 3, 4, 6), (0.5, 1.0, 2.0, 4.0), ("NS",)), *product((2, 3, 4, 6), (1.0,), ("NR",)))
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
-def score_spans(
-    backbone: Backbone, prompt: str, spans: Iterable[tuple], data: EvaluationData, layers: Sequence[int], store=None,
-    seeds: Sequence[int] = SEEDS[:1],
-) -> pd.DataFrame:
+def score_spans(backbone: Backbone, prompt: str, spans: Iterable[tuple], data: EvaluationData, layers: Sequence[int],
+                store=None, seeds: Sequence[int] = SEEDS[:1]) -> pd.DataFrame:
     """Spearman x 100 of the baseline and of TP with these spans (start, end) on STS pairs, at layers in Hugging Face's
     numbering, all from one pass; from start 2 on the mean over `seeds`. Columns prompt, start, end (both -1 for the
     baseline), exit_layer, value, difference (from the baseline at the same layer) and pairs (how many)."""
@@ -51,13 +52,17 @@ def score_spans(
     for start, end in [(-1, -1), *spans]:
         drawn = seeds if start > 1 else seeds[:1]
         methods = [TokenPrepending(start, end, seed=seed) for seed in drawn] if end > 0 else [None]
-        encoders = [SentenceEncoder(backbone, prompt, method, store=store) for method in methods]
-        tables = [sts_pairs(encoder, {data.name: data}, layers) for encoder in encoders]
-        pairs = pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run")
-        for layer, of in pairs.groupby("layer"):
-            value = mean(spearman(run["gold"], run["similarity"]) for _, run in of.groupby("run"))
+        for layer, value in _scores(backbone, prompt, methods, data, layers, store).items():
             rows.append((prompt, start, end, layer, value, value - baseline.setdefault(layer, value), len(data)))
     return pd.DataFrame(rows, columns=["prompt", "start", "end", "exit_layer", "value", "difference", "pairs"])
+
+
+def _scores(backbone: Backbone, prompt: str, methods: Sequence, data, layers: Sequence[int], store) -> dict[int, float]:
+    """Layer -> Spearman x 100 on STS pairs, mean over the methods, which differ by their seed."""
+    encoders = (SentenceEncoder(backbone, prompt, method, store=store) for method in methods)
+    tables = (sts_pairs(encoder, {data.name: data}, layers).groupby("layer") for encoder in encoders)
+    found = [{layer: spearman(of["gold"], of["similarity"]) for layer, of in table} for table in tables]
+    return {layer: mean(scores[layer] for scores in found) for layer in found[0]}
 
 
 def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | None, store=None) -> pd.DataFrame:
@@ -73,8 +78,7 @@ def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | N
 
 def best(scores: pd.DataFrame) -> pd.Series:
     """The row with the highest score, of equals the one with the fewest blocks. `ValueError` if no row has a score."""
-    found = scores.dropna(subset="value")
-    if found.empty:
+    if (found := scores.dropna(subset="value")).empty:
         raise ValueError("No setting has a score: the similarities or the human scores are all the same.")
     return found.sort_values(["value", "exit_layer", "end", "start"], ascending=[False, True, True, True]).iloc[0]
 
@@ -90,18 +94,19 @@ def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: 
         "dev_baseline_best": round(baseline["value"], 2), "dev_baseline_best_exit": baseline["exit_layer"],
         "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    if len(get_prompt(prompt).templates) > 2:
+    grid = [setting for setting in CP_GRID if setting[0] < backbone.num_layers]
+    if len(get_prompt(prompt).templates) > 2 or not grid:
         return found
-    few = data.first(min(CP_PAIRS, pairs or CP_PAIRS))
-    contrastive = search_contrastive(backbone, prompt, chosen["exit_layer"], few, store)
-    [cp] = contrastive.nlargest(1, "value").to_dict("records")
+    few, layer = data.first(min(CP_PAIRS, pairs or CP_PAIRS)), chosen["exit_layer"]
+    rows = [(*of, _scores(backbone, prompt, [ContrastivePrompting(*of)], few, [layer], store)[layer]) for of in grid]
+    tried = pd.DataFrame(rows, columns=["block", "strength", "rule", "value"])
+    [cp] = tried.nlargest(1, "value").to_dict("records")
     return found | {"dev_cp": round(cp.pop("value"), 2), "cp": cp}
 
 
 def choose(backbone: Backbone, prompts: Iterable[str], pairs: int | None = 500, store=None, profile="default") -> Path:
-    """Search every prompt on the first `pairs` STS-B dev pairs, write its setting as soon as it is found, on sample
-    data to the folder of `profile` under `runs/`, and return the file. Of several processes the main one writes, and
-    the others wait for it. `ValueError` for fewer than three pairs."""
+    """Search every prompt on the first `pairs` STS-B dev pairs, write its setting as soon as it is found (of several
+    processes the main one writes, and the others wait), and return the file. `ValueError` for fewer than 3 pairs."""
     if pairs is not None and pairs < FEWEST_PAIRS:
         raise ValueError(f"A correlation, by which settings are chosen, needs {FEWEST_PAIRS} pairs; got {pairs}.")
     source, data = find_source(), load_sts(dev_task(), "dev")
@@ -137,8 +142,8 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
     for span, label in (("last_token", "last token"), ("sentence", "sentence")):
         opened = {"write": "nothing", "open": span, "closing": closing_tokens(backbone, prompt)}
         everywhere = opened | {"start": 0, "end": depth, "paper": f"attention=bidirectional;span={span}"}
-        both = {f"{label}, all blocks": everywhere, f"{label}, blocks {tp.start} to {tp.end - 1}": opened}
-        families["attention both ways, no TP"] |= both
+        families["attention both ways, no TP"] |= {
+            f"{label}, all blocks": everywhere, f"{label}, blocks {tp.start} to {tp.end - 1}": opened}
     if tp.start == 0:  # no block stands before the span
         del families["what is written"]["state one block older"], families["hidden"]["before the span"]
     rows = [Row("main", "TP", prompt, tp, ""), Row("main", "baseline", prompt, None, None)]
@@ -155,12 +160,11 @@ def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd
     """Spearman x 100, over the hidden dimensions, of each sentence token's state with the last token's at the exit
     layer; arXiv 2412.11556, section 5.9, reads a rise under TP as a stronger dependency on later context. Columns
     sentence and token (their places) and correlation. `FloatingPointError` if a state is not finite."""
-    layer, rows = encoder.exit_layer, []
-    for number, sentence in enumerate(sentences):
-        batch, span, attached = _one(encoder, sentence)
+    backbone, layer, rows = encoder.backbone, encoder.exit_layer, []
+    for number, (batch, span, attached) in enumerate(_one_by_one(encoder, sentences)):
         with attached:
-            states = read_states(encoder.backbone, batch.ids, [layer])[layer][0].float().cpu().numpy()
-        check_finite(states, encoder.backbone.name, encoder.backbone.dtype)
+            states = read_states(backbone, batch.ids, [layer])[layer][0].float().cpu().numpy()
+        check_finite(states, backbone.name, backbone.dtype)
         rows += [(number, token, spearman(states[-1], state)) for token, state in enumerate(states[span])]
     return pd.DataFrame(rows, columns=["sentence", "token", "correlation"])
 
@@ -170,8 +174,7 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
     Needs an encoder whose method has one placeholder. Returns columns sentence, block (0-based), token (its place in
     the sentence), text and share (0 to 1). `FloatingPointError` if a share is not finite: the pass overflowed."""
     backbone, rows = encoder.backbone, []
-    for number, sentence in enumerate(sentences):
-        batch, span, attached = _one(encoder, sentence)
+    for number, (batch, span, attached) in enumerate(_one_by_one(encoder, sentences)):
         safe = safe_float16(backbone.layers[0], backbone.device, backbone.dtype)
         with torch.inference_mode(), attached, safe, ExitStack() as afterwards:
             afterwards.callback(backbone.model.set_attn_implementation, backbone.model.config._attn_implementation)
@@ -188,17 +191,17 @@ def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str])
 def by_sentence(table: pd.DataFrame, column: str, task: str) -> pd.DataFrame:
     """Mean of a column over each sentence, as `compare` takes it: task, item, the column. `task` is a column, whose
     every value is then a task (`"block"`), or any other name for all rows together."""
-    table = table if task in table else table.assign(**{task: task})
-    means = table.groupby([task, "sentence"], as_index=False)[column].mean()
-    return means.rename(columns={task: "task", "sentence": "item"}).astype({"task": str})
+    table = table.assign(task=table.get(task, task), item=table["sentence"])
+    return table.groupby(["task", "item"], as_index=False)[column].mean().astype({"task": str})
 
 
-def _one(encoder: SentenceEncoder, sentence: str):
-    """One sentence in the first template: its batch of one row, the slice of its own tokens, the method attached."""
+def _one_by_one(encoder: SentenceEncoder, sentences: Sequence[str]):
+    """Of each sentence in the first template: a batch of one row, the slice of its tokens, the method to be entered."""
     encoder = encoder.changed(share_prefix=False, pooling="mean")  # a mean needs to know where the sentence begins
-    batch = encoder.batch(encoder.passes([sentence])[0].rows, [0])
-    span = slice(int(batch.first), int(batch.last) + 1 - closing_tokens(encoder.backbone, encoder.prompt))
-    return batch, span, encoder.method.attach(encoder.backbone, batch) if encoder.method else nullcontext()
+    for sentence in sentences:
+        batch = encoder.batch(encoder.passes([sentence])[0].rows, [0])
+        span = slice(int(batch.first), int(batch.last) + 1 - closing_tokens(encoder.backbone, encoder.prompt))
+        yield batch, span, encoder.method.attach(encoder.backbone, batch) if encoder.method else nullcontext()
 
 
 def main() -> None:

@@ -13,21 +13,18 @@ from lib.core.backbone import Backbone
 from lib.core.postprocess import ComponentRemoved, principal_components
 from lib.data.retrieval import RetrievalData
 from lib.evaluation import retrieval
-from lib.evaluation.alignment import logit_chunks, mean_logits, output_matrix, top_tokens
+from lib.evaluation.alignment import counted, logit_chunks, mean_logits, top_tokens
 from lib.evaluation.intervals import compare, mean_of
 from lib.evaluation.retrieval import DEPTH, BM25Retriever, DenseRetriever, Ranking, best_first, evaluate_retrieval
-from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes
+from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens
 from lib.studies.cost import QUARTILES, measure, ratio_quartiles
 
 # What a document's token weighs, by its logit (minus the corpus mean, if that was taken off).
 WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logits, 0))}
 # How logits become weights: name -> what differs from `SparseSetting`'s defaults.
 WEIGHTINGS = {
-    "logit": {"centred": False},
-    "logit - mean": {},
-    "log(1 + logit - mean)": {"weight": "log1p"},
-    "(logit - mean) x idf": {"idf": True},
-    "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
+    "logit": {"centred": False}, "logit - mean": {}, "log(1 + logit - mean)": {"weight": "log1p"},
+    "(logit - mean) x idf": {"idf": True}, "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
 }
 
 
@@ -80,17 +77,13 @@ class SparseRetriever:
         and the first M aligned ones, as ones in a matrix (queries, vocabulary)."""
         more = self._first(aligned, self.setting.m).ids if self.setting.m else [()] * len(own)
         sets = [np.union1d(*pair).astype(np.int32) for pair in zip(own, more, strict=True)]
-        starts = np.cumsum([0, *map(len, sets)], dtype=np.int32)
-        columns = np.concatenate(sets)
+        columns, starts = np.concatenate(sets), np.cumsum([0, *map(len, sets)], dtype=np.int32)
         return csr_array((np.ones(len(columns), np.float32), columns, starts), (len(sets), self.index.shape[0]))
 
     def search(self, query_ids: Sequence[str], queries: csr_array, depth: int = DEPTH) -> Ranking:
         """The ranking of each query; `queries` has a row for each id, from the method of that name."""
-        ranking = {}
-        for i, query in enumerate(query_ids):
-            scores = queries[i : i + 1] @ self.index
-            ranking[query] = [self.document_ids[d] for d in best_first(scores.indices, scores.data, depth)]
-        return ranking
+        found = ((query, queries[i : i + 1] @ self.index) for i, query in enumerate(query_ids))
+        return {query: best_first(self.document_ids, of.indices, of.data, depth) for query, of in found}
 
     @property
     def bytes_per_document(self) -> float:
@@ -124,18 +117,16 @@ class EncodedSet:
 
     def own(self, rule: TokenRule = DEFAULT_RULE) -> list[np.ndarray]:
         """The tokens of each query's text, int64."""
-        classes = token_classes(self.decoder.tokenizer, len(output_matrix(self.decoder)), rule)
-        return text_tokens(self.decoder.tokenizer, self.data.queries["text"], classes)
+        return text_tokens(self.decoder.tokenizer, self.data.queries["text"], counted(self.decoder, rule))
 
     def tokens(self, centred: bool, rule: TokenRule = DEFAULT_RULE) -> tuple[AlignedTokens, AlignedTokens]:
         """The aligned tokens of documents and of queries; `centred` subtracts the documents' mean logits from both."""
         if (centred, rule) not in self._tokens:
-            size, sides = len(output_matrix(self.decoder)), (self.documents, self.queries)
-            classes = token_classes(self.decoder.tokenizer, size, rule)
+            classes, sides = counted(self.decoder, rule), zip((self.documents, self.queries), self.deepest)
             mean = mean_logits(logit_chunks(self.decoder, self.documents, self.layer, classes)) if centred else None
-            found = (top_tokens(self.decoder, of, self.layer, k, classes, mean) for of, k in zip(sides, self.deepest))
-            kept = tuple(AlignedTokens(ids.astype(np.int32), values, size, centred) for ids, values in found)
-            self._tokens[centred, rule] = kept
+            found = (top_tokens(self.decoder, states, self.layer, k, classes, mean) for states, k in sides)
+            self._tokens[centred, rule] = tuple(
+                AlignedTokens(ids.astype(np.int32), values, len(classes), centred) for ids, values in found)
         return self._tokens[centred, rule]
 
     def sparse(self, setting: SparseSetting, queries: Sequence[str], rule: TokenRule = DEFAULT_RULE) -> Ranking:
@@ -158,8 +149,7 @@ class EncodedSet:
         return evaluate_retrieval(ranking, self.data.qrels, self.data.excluded).set_index("item")["nDCG@10"]
 
     def _rows(self, queries: Sequence[str]) -> list[int]:
-        place = {query: i for i, query in enumerate(self.data.queries["id"])}
-        return [place[query] for query in queries]
+        return list(map(self.data.queries["id"].index, queries))
 
 
 def encode_set(encoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int], documents=None) -> EncodedSet:
@@ -168,15 +158,12 @@ def encode_set(encoder, data: RetrievalData, decoder: Backbone, deepest: tuple[i
     return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest)
 
 
-def all_rankings(
-    encoded: dict[str, EncodedSet], best: str, setting: SparseSetting, queries: Sequence[str],
-    rule: TokenRule = DEFAULT_RULE,
-) -> dict[str, tuple[str, Ranking]]:
+def all_rankings(encoded: dict[str, EncodedSet], best: str, setting: SparseSetting, queries, rule=DEFAULT_RULE) -> dict:
     """BM25, every method dense and sparse, and the method `best` fused: label -> kind and ranking of the queries (ids).
     `encoded`: method -> the same set under its encoder. `setting` and `rule` are those of the sparse rankings."""
     corpus, texts = encoded[best].data.corpus, dict(zip(*(encoded[best].data.queries[key] for key in ("id", "text"))))
-    bm25 = BM25Retriever(corpus["id"], corpus["text"]).search(queries, [texts[query] for query in queries])
-    found = {"BM25": ("BM25", bm25)}
+    bm25 = BM25Retriever(corpus["id"], corpus["text"])
+    found = {"BM25": ("BM25", bm25.search(queries, [texts[query] for query in queries]))}
     for method, of in encoded.items():
         found[f"{method}, dense"] = "dense", of.dense(queries)
         found[f"{method}, sparse"] = "sparse", of.sparse(setting, queries, rule)
@@ -189,19 +176,16 @@ def all_rankings(
 def kept_of_dense(runs: dict[str, pd.DataFrame], methods: Iterable[str], draws: int) -> pd.DataFrame:
     """Sparse over dense nDCG@10 of the same embeddings: columns set, method, dense, sparse, kept, kept_low, kept_high.
     `runs`: label of `all_rankings` -> table of `evaluate_retrieval` with the column task."""
-    parts = []
-    for method in methods:
-        pair = {kind: runs[f"{method}, {kind}"] for kind in ("dense", "sparse")}
-        table = compare(pair, mean_of("nDCG@10"), "dense", True, draws).query("run == 'sparse' and task != 'Avg'")
-        parts.append(table.assign(method=method, dense=table["value"] - table["difference"]))
+    pairs = {method: {kind: runs[f"{method}, {kind}"] for kind in ("dense", "sparse")} for method in methods}
+    tables = [compare(pair, mean_of("nDCG@10"), "dense", True, draws).assign(method=of) for of, pair in pairs.items()]
+    table = pd.concat(tables).query("run == 'sparse' and task != 'Avg'")
     names = {"task": "set", "value": "sparse", "ratio": "kept", "ratio_low": "kept_low", "ratio_high": "kept_high"}
-    return pd.concat(parts).rename(columns=names)[["set", "method", "dense", "sparse", "kept", "kept_low", "kept_high"]]
+    table = table.assign(dense=table["value"] - table["difference"]).rename(columns=names)
+    return table[["set", "method", "dense", "sparse", "kept", "kept_low", "kept_high"]]
 
 
-def common_part(
-    encoded: dict[str, EncodedSet], setting: SparseSetting, queries: dict[str, Sequence[str]], rule: TokenRule
-) -> pd.DataFrame:
-    """Two ways to take away what all documents have in common, and both: columns logits, and nDCG@10 of each set."""
+def common_part(encoded: dict[str, EncodedSet], setting: SparseSetting, queries: dict, rule: TokenRule) -> pd.DataFrame:
+    """Two ways to take away what all documents share, and both: columns logits, and nDCG@10 of each set's `queries`."""
     table = pd.DataFrame({"logits": ["as they are", "mean logits subtracted", "first component removed", "both"]})
     for name, of in encoded.items():
         ways = product((of, of.without_first_component()), (False, True))
@@ -240,16 +224,13 @@ def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], h
     return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])
 
 
-def cost_growth(
-    documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection[int]],
-    query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5,
-) -> pd.DataFrame:
-    """What a search costs as the collection grows beyond the real documents, with queries sent one at a time.
-
-    The time is from a query's tokens (as in `SparseRetriever.queries`) or embedding to its ranking, without the
-    model's. Synthetic collections are all documents and then some again and again, so that token frequencies stay and
-    the index's lists grow; a million take some 7 GB (K = 128, hidden size 576). Columns method, documents, synthetic
-    (bool), ms (of a query, median over rounds) with quartiles, operations (mean per query), bytes (per document)."""
+def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection],
+                query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5
+                ) -> pd.DataFrame:
+    """What a search costs as the collection grows beyond the real documents, with queries sent one at a time: columns
+    method, documents, synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds)
+    with quartiles, operations (mean per query), bytes (per document). Synthetic collections are all documents and then
+    some again and again, so that token frequencies stay; a million take 7 GB (K = 128, hidden size 576)."""
     real, rows = len(embeddings), []
     for size in sizes:
         generator, ids = np.random.default_rng(0), list(map(str, range(size)))

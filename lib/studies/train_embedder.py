@@ -1,7 +1,7 @@
 """The embedder `smollm2-eol-cse`, trained here: a LoRA on SmolLM2-135M-Instruct, trained contrastively on paraphrases.
-As PromptEOL-CSE (arXiv 2307.16645): PromptEOL, the state of the last token after the final norm, InfoNCE over cosines
-with temperature 0.05, the other pairs of the batch as negatives. The pairs, the LoRA's size, and its place on the upper
-blocks alone, where the backward pass can end, are ours. `lib.core.embedders` loads it, given `trained_adapter`."""
+As PromptEOL-CSE (arXiv 2307.16645): PromptEOL's last state, InfoNCE over cosines with the batch's other pairs as
+negatives. The pairs, the LoRA's size, and its place on the upper blocks alone, where the backward pass can end, are
+ours. `lib.core.embedders` loads it, given `trained_adapter`."""
 
 import copy
 import re
@@ -53,8 +53,8 @@ def positive_pairs() -> Pairs:
     sample, `SAMPLE` stands in, with a `SampleDataWarning`."""
     source = find_source()
     if source.is_sample:
-        warnings.warn("The pairs to train on come from sample data; what is trained on them compares with nothing.",
-                      SampleDataWarning, stacklevel=2)
+        text = "The pairs to train on come from sample data; what is trained on them compares with nothing."
+        warnings.warn(text, SampleDataWarning, stacklevel=2)
     pairs, held_out, provenance = {}, [], []
     for task, split, positive, held in SAMPLE if source.is_sample else PARTS:
         data = load_transfer(task, source) if task in TRANSFER_TASKS else load_sts(task, split, source)
@@ -80,15 +80,15 @@ def make_pairs(positives: dict[str, Sequence], evaluation: Sequence[str], data: 
     fate = pd.Series(np.select(reasons, FATES[:3], FATES[3]))
     counts = pd.crosstab(table["origin"], fate).reindex(index=list(positives), columns=list(FATES), fill_value=0)
     counts.insert(0, "positive", counts.sum(axis=1))
-    kept = (fate == "kept").to_numpy()
-    if not kept.any():
+    table, words = table[fate == "kept"], words[fate == "kept"]
+    if table.empty:
         raise ValueError(f"No positive pair is left to train on: {counts.to_dict('index')}.")
-    linked = DisjointSet(words[kept].to_numpy().ravel())
-    for pair in words[kept].to_numpy():
+    linked = DisjointSet(words.to_numpy().ravel())
+    for pair in words.to_numpy():
         linked.merge(*pair)
-    groups, _ = pd.factorize(words.loc[kept, "first"].map(linked.__getitem__))
-    sides = (table.loc[kept, side].tolist() for side in words)
-    return Pairs(*sides, groups, {"pairs": counts.to_dict("index"), "data": list(data)})
+    groups, _ = pd.factorize(words["first"].map(linked.__getitem__))
+    about = {"pairs": counts.to_dict("index"), "data": list(data)}
+    return Pairs(table["first"].tolist(), table["second"].tolist(), groups, about)
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> d
         losses.append(round(loss.item(), 5))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     about = {"config": asdict(config), **pairs.provenance, "backbone": backbone.describe(), "losses": losses}
-    seconds = round(time.perf_counter() - begin, 1)
-    return save_adapter(model, folder, about | {"code": code_version(__name__), "seconds": seconds})
+    about |= {"code": code_version(__name__), "seconds": round(time.perf_counter() - begin, 1)}
+    return save_adapter(model, folder, about)
 
 
 def _embed(model: PeftModel, rows: TokenRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -163,16 +163,14 @@ def _embed(model: PeftModel, rows: TokenRows, chosen: np.ndarray, device: torch.
 
 
 def trained_adapter(backbone: Backbone, fresh_since: float = 0.0, config: Training = Training()) -> Path:
-    """The folder of the adapter that is trained on `backbone`; `lib.core.adapters.read_adapter` reads its provenance.
-    It lies in `data/cache/adapters/` if one of this config, prompt, data, backbone and code was trained before, and not
-    before `fresh_since` (seconds of the epoch). Else it is trained, in this hardware's fastest dtype whatever that of
-    `backbone`, but not in float16, where the loss would have to be scaled. A second process waits for the first."""
+    """The folder of the adapter that is trained on `backbone`: in `data/cache/adapters/` if one of this config, prompt,
+    data, backbone and code was trained there since `fresh_since` (seconds of the epoch). Else it is trained, in this
+    hardware's fastest dtype but float16, whose loss would have to be scaled; a second process waits for the first."""
     config = replace(config, steps=config.sample_steps) if find_source().is_sample else config
     pairs, dtype = positive_pairs(), str(choose_dtype(backbone.device)[0]).removeprefix("torch.")
     dtype = "float32" if dtype == "float16" else dtype
-    prompt, code = asdict(get_prompt(config.prompt)), code_version(__name__)
-    choices = [asdict(config), prompt, pairs.provenance, backbone.name, backbone.revision, dtype, code]
-    folder = CACHE / "adapters" / fingerprint(choices)
+    choices = [asdict(config), asdict(get_prompt(config.prompt)), pairs.provenance, backbone.name, backbone.revision]
+    folder = CACHE / "adapters" / fingerprint([*choices, dtype, code_version(__name__)])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
         if read_adapter(folder, fresh_since) is None:
