@@ -1,27 +1,23 @@
 """Training-free text embeddings from language models: Token Prepending and key tokens.
 
 Six rooms, each importing only from those after it: run, studies, report, evaluation, data, core. For an embedding of
-your own, `core` is all that is needed. The names below are imported when first used, so that `import lib` is quick.
-"""
+your own, `core` is all that is needed. The names below are imported when first used: so `import lib` is quick."""
 
 from importlib import import_module
 
 _HOMES = {
-    "lib.core.attention_values": ("AttentionValues",),
-    "lib.core.backbone": ("Backbone", "ModelNotFoundError", "UnsupportedModelError", "load_backbone"),
-    "lib.core.contrastive": ("ContrastivePrompting",),
-    "lib.core.encoder": ("SentenceEncoder",),
-    "lib.core.pooling": ("Pooling",),
-    "lib.core.postprocess": (
-        "ComponentRemoved", "ComponentShifted", "EmbedFilter", "MeanDirectionRemoved", "MeanRemoved", "Normalise",
-        "load_postprocess",
-    ),
-    "lib.core.prompts": ("PROMPTS", "Prompt"),
-    "lib.core.store": ("EmbeddingStore",),
-    "lib.core.token_prepending": ("Placement", "TokenPrepending"),
-    "lib.core.variants": ("Variant",),
+    "lib.core.attention_values": "AttentionValues",
+    "lib.core.backbone": "Backbone ModelNotFoundError UnsupportedModelError load_backbone",
+    "lib.core.contrastive": "ContrastivePrompting",
+    "lib.core.encoder": "SentenceEncoder",
+    "lib.core.pooling": "Pooling",
+    "lib.core.postprocess": "ComponentRemoved ComponentShifted EmbedFilter MeanDirectionRemoved MeanRemoved Normalise",
+    "lib.core.prompts": "PROMPTS Prompt",
+    "lib.core.store": "EmbeddingStore",
+    "lib.core.token_prepending": "Placement TokenPrepending",
+    "lib.core.variants": "Variant",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 

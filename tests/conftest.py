@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_hub import forget_sources
 from hypothesis import HealthCheck, settings
 
 from lib.data import download, sources
@@ -66,7 +67,7 @@ def no_data(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
-    sources.forget_sources()
+    forget_sources()
     sources.assume_hub_unreachable("tests do not ask it")
     yield
-    sources.forget_sources()
+    forget_sources()

@@ -8,6 +8,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from lib.data import sources
+
+
+def forget_sources() -> None:
+    """Search for data again at the next call, and ask the hub again."""
+    sources.hub_unreachable = None
+    sources._search.cache_clear()
+
 
 class FakeHub:
     """Serves `files` (name -> bytes) of every repository, and behaves as `mode` says.

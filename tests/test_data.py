@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import ANY, Mock
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
-from fake_hub import FakeHub
+from fake_hub import FakeHub, forget_sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,14 +280,15 @@ def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are
     assert more.first(10, within="text")["row"] == few["row"]
     assert few.provenance == {"rows": 24, "caps": caps} and data.provenance["caps"] == []
     assert few.first(5).provenance["caps"] == [*caps, {"first": 5}] and data.first(60, within="text") is data
-    for rows in ([row in (1, 30) for row in data["row"]], [1, 30], np.array([1, 30])):
+    mask = [row in (1, 30) for row in data["row"]]
+    for rows in (mask, np.array(mask), pd.Series(mask)):
         part = data.where(rows, "of interest")
         assert part.texts == ["b", "a"] and part.provenance == {"rows": 2, "caps": [{"where": "of interest"}]}
 
 
 def test_sampled_retrieval_sets_are_nested_and_keep_what_their_queries_need():
     data = load_beir("sample")
-    assert retrieval.sample_set(data, None, None).corpus is data.corpus and data.source.is_sample
+    assert retrieval.sample_set(data, None, None).corpus is data.corpus
     smaller = retrieval.sample_set(data, 2, 5)
     for queries, documents in ((2, 5), (5, 5), (5, 20), (9, 60), (None, 60)):
         few = retrieval.sample_set(data, queries, documents)
@@ -307,7 +309,7 @@ def test_the_folder_comes_before_downloads_and_downloads_before_the_sample(monke
         assert find_source() == find_source() == DataSource("sample", sources.DATA / "sample")
     assert len(caught) == 1  # it is loud once
     assert (sts_tasks(), dev_task(), transfer_tasks()) == (("sample",), "sample", SAMPLE_TASKS)
-    sources.forget_sources()
+    forget_sources()
     (sources.DATA / "downloads" / "senteval").mkdir(parents=True)
     assert find_source() == DataSource("downloads", sources.DATA / "downloads" / "senteval")
     (tmp_path / "mine" / "senteval").mkdir(parents=True)
@@ -329,7 +331,7 @@ def test_the_sample_stands_in_for_retrieval_sets_only_if_none_can_be_had(monkeyp
     monkeypatch.setitem(retrieval.SETS, "tiny", {"documents": 4, "queries": 2, "judgements": 3})
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path))
     found, reasons = load_beir_sets(["tiny", "fiqa"])
-    assert found["tiny"].source.kind == "folder" and list(reasons) == ["fiqa"]
+    assert found["tiny"].corpus.provenance["source"]["kind"] == "folder" and list(reasons) == ["fiqa"]
 
 
 @pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
@@ -365,7 +367,7 @@ NESTED_TAR = tar_of(("data/downstream/" + STSB, STSB_ROW), ("data/downstream/SIC
 @pytest.fixture
 def hub(monkeypatch):
     hub = FakeHub({"senteval.tar": GOOD_TAR})
-    sources.forget_sources()
+    forget_sources()
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     yield hub
@@ -398,7 +400,7 @@ def test_a_set_of_files_is_downloaded_once_and_whole_or_not_at_all(hub, monkeypa
     assert not folder.exists()
     hub.files, hub.stated = files, {}
     data = load_beir("scifact")
-    assert data.source == DataSource("downloads", folder) and data.qrels == {"q1": {"d1": 3}, "q2": {"d2": 1}}
+    assert data.corpus.provenance["source"]["kind"] == "downloads" and data.qrels == {"q1": {"d1": 3}, "q2": {"d2": 1}}
     assert sorted(p.name for p in folder.iterdir()) == ["corpus.jsonl", "qrels", "queries.jsonl"]
     asked = len(hub.requests)
     assert load_beir("scifact").corpus["text"] == data.corpus["text"] and len(hub.requests) == asked
@@ -454,7 +456,7 @@ def test_only_a_hub_that_does_not_answer_or_must_not_be_asked_is_replaced_by_the
     assert len(hub.requests) == asked and (asks or not asked)
     if not asks:
         monkeypatch.setenv(why, "0")
-        sources.forget_sources()
+        forget_sources()
         assert find_source().kind == "downloads"
 
 

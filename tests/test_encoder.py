@@ -11,7 +11,7 @@ from tiny_models import HIDDEN, LAYERS, assert_same, loop_states, prompt_ids, ti
 
 from lib.core.encoder import SentenceEncoder
 from lib.core.forward import block_input, read_states, replace_input
-from lib.core.hardware import token_batches
+from lib.core.hardware import BATCH_TOKENS, token_batches
 from lib.core.postprocess import MeanRemoved, Normalise
 from lib.core.prompts import PROMPTS, Prompt, clean_sentence
 from lib.core.store import EmbeddingStore
@@ -43,18 +43,19 @@ def test_batch_size_changes_nothing_but_the_batches(backbone, passes, tp, share_
 
 
 @pytest.mark.parametrize("size", [None, 1, 3, 64])
-def test_batches_keep_to_their_limits(size):
+def test_batches_keep_to_their_limits(size, monkeypatch):
     generator = np.random.default_rng(1)
     for _ in range(50):
         lengths = generator.integers(1, 60, size=generator.integers(1, 40)).tolist()
-        budget = int(generator.integers(1, 300))
-        batches = token_batches(lengths, budget, size)
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", budget := int(generator.integers(1, 300)))
+        batches = token_batches(lengths, torch.device("meta"), size)  # a kind without an own budget has the CPU's
         assert sorted(sum(batches, [])) == list(range(len(lengths)))
         widths = [max(lengths[i] for i in batch) for batch in batches]
         assert widths == sorted(widths, reverse=True)
         assert all(len(b) == 1 or len(b) * width <= budget for b, width in zip(batches, widths))
         assert size is None or max(map(len, batches)) <= size
-    assert token_batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
+    monkeypatch.setitem(BATCH_TOKENS, "cuda", 10)
+    assert token_batches([5, 5, 5, 5], torch.device("cuda")) == [[0, 1], [2, 3]]
 
 
 def test_shapes_and_types(backbone):

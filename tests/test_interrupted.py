@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)  # or it could not be forked after a computation
 from lib.data.sts import load_sts
-from lib.evaluation.sts import sts_scores
+from lib.evaluation.intervals import SPEARMAN, compare
 from lib.report.session import start
 
 def study():
     run = start("00_tiny", "tiny", "model", "float32", {"hub_unreachable": "not asked"})
     pairs = run.sts(run.encoder("prompteol"), {"sample": load_sts("sample").first(5)}, [2, -1])
     with contextlib.redirect_stdout(io.StringIO()):
-        run.show(sts_scores(pairs), "scores", "Scores")
+        run.show(compare(dict(list(pairs.groupby("layer"))), SPEARMAN, draws=0), "scores", "Scores")
 
 def attempt(last):
     child = os.fork()

@@ -25,7 +25,7 @@ from lib.core.prompts import PROMPTS, clean_sentence
 from lib.core.token_prepending import TokenPrepending
 from lib.core.tokens import PromptTokenizer
 from lib.data.sts import load_sts
-from lib.evaluation.sts import sts_pairs, sts_scores
+from lib.evaluation.sts import spearman, sts_pairs
 
 SENTENCES = ["a girl is styling her hair .", 'Three men are playing chess, and one asks "who won?"', "No"]
 
@@ -180,6 +180,6 @@ def test_bundled_models_equal_plain_transformers(name, blocks, added, request):
 def test_smollm2_s_score_on_sts_b_is_that_of_the_official_code(smollm2):
     """Spearman x 100 of KE with TP on STS-B test, float32; the expected values are the official code's."""
     expected, pairs = {28: 68.37, 29: 67.89, 30: 63.01}, {"STS-B": load_sts("STS-B")}
-    table = sts_scores(sts_pairs(SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7)), pairs, list(expected)))
-    table = table[table["subset"] == "all"].set_index("layer")
-    assert table["score"].to_dict() == pytest.approx(expected, abs=0.05) and set(table["pairs"]) == {1379}
+    table = sts_pairs(SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7)), pairs, list(expected))
+    found = {layer: spearman(of["gold"], of["similarity"]) for layer, of in table.groupby("layer")}
+    assert found == pytest.approx(expected, abs=0.05) and len(table) == 3 * 1379

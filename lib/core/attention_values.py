@@ -4,7 +4,7 @@ Where attention is in a block is found by what the model does with its modules a
 norm what attention returns (Gemma 2 and 3, OLMo 2), some scale it (Granite), some add it together with what the MLP
 returns (GPT-J, Phi)."""
 
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +12,15 @@ from itertools import accumulate, product
 from statistics import median
 
 import torch
-from torch import nn
 
 from lib.core.backbone import Backbone
 from lib.core.forward import UnsupportedModelError, active, probe_ids, read_states, returned_tensor
 from lib.core.pooling import last_state
 from lib.core.tokens import Batch
+
+# The attention of a model. Of each block, lists of nn.Module: `added`, whose output times `scale` (float, not 1 in
+# Granite alone) attention adds to the residual stream, and `projections`, the last matrix that attention's pass calls.
+Attention = namedtuple("Attention", "added projections scale")
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,6 @@ class AttentionValues:
     def describe(self) -> dict:
         """The pooling as plain data."""
         return {"pooling": "attention values", "first_block": self.start}
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention of a model, an item a block: the modules whose output, times `scale` (not 1 in Granite alone),
-    attention adds to the residual stream, and the matrices that it ends with, the last that a pass calls."""
-
-    added: list[nn.Module]
-    projections: list[nn.Module]
-    scale: float
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """Load a causal language model and find its parts by structure, not by class name.
 
-A short forward pass checks that they behave as the package assumes: what is not supported is refused, not mismeasured.
-"""
+A short forward pass checks that they behave as the package assumes. What is not supported is refused."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -103,9 +102,8 @@ class Backbone:
         } | ({"device_map": sorted(set(map(str, spread.values())))} if spread else {})
 
 
-def load_backbone(
-    name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code=False
-) -> Backbone:
+def load_backbone(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *,
+                  trust_remote_code=False) -> Backbone:
     """Load a causal language model for reading its hidden states.
 
     Args:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from lib.core.store import ROOT, fingerprint
 
-NOT_FOLLOWED = ("lib.report", "lib.run")
-
 
 def code_version(*modules: str, root: Path = ROOT) -> str:
     """Fingerprint of the code of `dependencies` of modules such as `"lib.evaluation.sts"`, of torch and transformers. A
@@ -27,7 +25,7 @@ def dependencies(*modules: str, root: Path = ROOT) -> set[str]:
     found, waiting = set(), set(modules)
     while waiting:
         found.add(name := waiting.pop())
-        waiting |= {other for other in _read(root, name)[1] if not other.startswith(NOT_FOLLOWED)} - found
+        waiting |= {other for other in _read(root, name)[1] if not other.startswith(("lib.report", "lib.run"))} - found
     return found
 
 

@@ -143,10 +143,8 @@ def _refusal(repo: str) -> str:
         return reason
 
 
-def load_embedder(
-    name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
-    store: EmbeddingStore | None = None, trained=None,
-) -> Embedder:
+def load_embedder(name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
+                  store: EmbeddingStore | None = None, trained=None) -> Embedder:
     """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own.
 
     Args:

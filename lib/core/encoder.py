@@ -1,11 +1,11 @@
 """Sentences to embeddings: deduplicated, sorted by length, cut into batches by tokens, no layer too many."""
 
 import warnings
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lib.core import processes
 from lib.core.backbone import Backbone
 from lib.core.code_version import code_version
 from lib.core.forward import check_finite, run_prefix, shares_prefix
-from lib.core.hardware import token_batches, token_budget
+from lib.core.hardware import token_batches
 from lib.core.pooling import Pooling
 from lib.core.postprocess import Normalise, Postprocess
 from lib.core.prompts import PLACEHOLDER, Prompt, get_prompt
@@ -23,13 +23,9 @@ from lib.core.store import EmbeddingStore, fingerprint
 from lib.core.tokens import Batch, PromptTokenizer, TokenRows
 
 CHUNK = 2048  # sentences that are encoded together and then stored: what an interrupt can cost
-
-
-class Pass(NamedTuple):
-    """What is computed together: the rows of one template and one chunk of texts, and which of them form a batch."""
-
-    rows: TokenRows
-    batches: list[list[int]]
+# What is computed together: the `TokenRows` of one template and one chunk of texts, and which of them form a batch
+# (list[list[int]]).
+Pass = namedtuple("Pass", "rows batches")
 
 
 @dataclass(eq=False, repr=False)
@@ -81,10 +77,9 @@ class SentenceEncoder:
         """The same encoder with other choices, by the names of the arguments."""
         return replace(self, **choices)
 
-    def encode(
-        self, sentences: str | Sequence[str], batch_size: int | None = None, show_progress_bar: bool | None = None,
-        convert_to_numpy: bool = True, normalize_embeddings: bool = False,
-    ) -> np.ndarray | torch.Tensor:
+    def encode(self, sentences: str | Sequence[str], batch_size: int | None = None,
+               show_progress_bar: bool | None = None, convert_to_numpy: bool = True,
+               normalize_embeddings: bool = False) -> np.ndarray | torch.Tensor:
         """Embed a list of sentences, or one string, at the exit layer: float32 (sentences, hidden), or (hidden,).
 
         Args:
@@ -101,10 +96,8 @@ class SentenceEncoder:
         embeddings = Normalise()(embeddings) if normalize_embeddings else embeddings
         return embeddings if convert_to_numpy else torch.from_numpy(embeddings)
 
-    def encode_layers(
-        self, sentences: Sequence[str], layers: Iterable[int], batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
-    ) -> dict[int, np.ndarray]:
+    def encode_layers(self, sentences: Sequence[str], layers: Iterable[int], batch_size: int | None = None,
+                      show_progress_bar: bool | None = None) -> dict[int, np.ndarray]:
         """Embed sentences at several layers in one pass: layer as given (a -1 stays -1) -> float32 (sentences, hidden).
         Arguments and errors as in `encode`; besides, `ValueError` for another layer than the one of the postprocess."""
         if isinstance(sentences, str):
@@ -159,8 +152,8 @@ class SentenceEncoder:
         rows = self.tokenize(template, texts, span=self.pooling.needs_span)
         if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
             rows.prefix = 0
-        budget = token_budget(self.backbone.device)
-        return Pass(rows, token_batches([len(row) - rows.prefix for row in rows.ids], budget, batch_size))
+        lengths = [len(row) - rows.prefix for row in rows.ids]
+        return Pass(rows, token_batches(lengths, self.backbone.device, batch_size))
 
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict:
         """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored.

@@ -78,10 +78,9 @@ class _Stop(Exception):
 
 
 @torch.inference_mode()
-def read_states(
-    backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[int],
-    read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states, prefix: Cache | None = None, **inputs,
-) -> dict[int, torch.Tensor]:
+def read_states(backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[int],
+                read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states, prefix: Cache | None = None,
+                **inputs) -> dict[int, torch.Tensor]:
     """One forward pass that stops after the last of the layers asked for: layer -> what `read` returned.
 
     Args:

@@ -48,15 +48,10 @@ def device_name(device: torch.device) -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
-def token_budget(device: torch.device) -> int:
-    """How many tokens a batch may have on this kind of device."""
-    return BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-
-
-def token_batches(lengths: list[int], budget: int, batch_size: int | None = None) -> list[list[int]]:
-    """Cut row indices into batches of similar length: rows x longest row <= `budget` (or a single row), and rows <=
-    `batch_size`. The longest come first, so that memory runs out at once or not at all."""
-    batches, longest = [], 0
+def token_batches(lengths: list[int], device: torch.device, batch_size: int | None = None) -> list[list[int]]:
+    """Cut row indices into batches of similar length: rows x longest row <= the device's `BATCH_TOKENS` (or a single
+    row), and rows <= `batch_size`. The longest come first, so that memory runs out at once or not at all."""
+    batches, longest, budget = [], 0, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * longest > budget or len(batches[-1]) == batch_size:
             batches.append([])

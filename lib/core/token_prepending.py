@@ -1,8 +1,7 @@
 """Token Prepending (TP): each early block sees, in a placeholder before the sentence, a summary of all of it.
 
 Source: arXiv 2412.11556, section 4. In a causal model the first tokens of a sentence cannot see its end. Before each
-of the early blocks, TP writes the last token's state over a placeholder to which every token of the sentence attends.
-"""
+of the early blocks, TP writes the last token's state over a placeholder that every token of it attends to."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields

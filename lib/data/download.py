@@ -4,8 +4,7 @@ import os
 import shutil
 import ssl
 import tarfile
-import threading
-from concurrent.futures import Future
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -13,7 +12,8 @@ from huggingface_hub.utils import WeakFileLock
 
 HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreachable
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
-NO_ANSWER = ("ProxyError", "RemoteProtocolError")  # errors of the HTTP library, whichever it is, that mean this
+# Errors of the HTTP library, whichever it is, and of the pool that mean this.
+NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")
 
 
 class DownloadError(OSError):
@@ -63,18 +63,10 @@ def _ask_hub(api: HfApi, repo: str) -> str:
     for switch in OFFLINE_SWITCHES:
         if os.environ.get(switch, "").upper() in constants.ENV_VARS_TRUE_VALUES:
             raise HubUnreachableError(f"not asked, because {switch} is set")
-    answer: Future = Future()
-
-    def ask():
-        try:
-            answer.set_result(api.dataset_info(repo, timeout=HUB_TIMEOUT + 1).sha)
-        except Exception as error:
-            answer.set_exception(error)
-
-    # A connection's own time limit holds anew for each address of a host, and not at all for the name look-up.
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        return answer.result(HUB_TIMEOUT)
+        # A connection's own time limit holds anew for each address of a host, and not at all for the name look-up.
+        with ThreadPool(1) as pool:  # which waits for nothing when it is left, nor keeps the process from ending
+            return pool.apply_async(api.dataset_info, [repo], {"timeout": HUB_TIMEOUT + 1}).get(HUB_TIMEOUT).sha
     except Exception as error:
         if not _is_no_answer(error):
             raise

@@ -26,7 +26,6 @@ class RetrievalData:
     queries: EvaluationData
     qrels: dict[str, dict[str, int]]
     excluded: dict[str, set[str]]
-    source: DataSource
 
 
 def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
@@ -62,7 +61,7 @@ def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
             raise DataError(f"{source.path}: found {count} for {what}, expected {known[what]} (see pinned.yaml).")
     sides = {"corpus": documents, "queries": queries}
     data = (reader.data(f"{name} {part}", of, ("id", "text"), task=name, part=part) for part, of in sides.items())
-    return RetrievalData(name, *data, qrels, excluded, source)
+    return RetrievalData(name, *data, qrels, excluded)
 
 
 def _read_texts(reader: Reader, name: str) -> pd.DataFrame:

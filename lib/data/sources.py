@@ -101,12 +101,11 @@ class EvaluationData:
         cap = {"first": count} | ({"within": within} if within else {})
         return self if kept.all() else self._select(np.flatnonzero(kept), cap)
 
-    def where(self, rows: Sequence[bool] | Sequence[int], note: str) -> Self:
-        """The rows that a mask marks or that indices name. The note says in the provenance which these are."""
-        chosen = np.asarray(rows)
-        if chosen.dtype == bool and len(chosen) != len(self):
-            raise ValueError(f"The mask has {len(chosen)} values, {self.name} has {len(self)} rows.")
-        return self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(int), {"where": note})
+    def where(self, rows: Sequence[bool], note: str) -> Self:
+        """The rows that a mask marks. The note says in the provenance which these are."""
+        if len(rows) != len(self):
+            raise ValueError(f"The mask has {len(rows)} values, {self.name} has {len(self)} rows.")
+        return self._select(np.flatnonzero(rows), {"where": note})
 
     def _select(self, indices: np.ndarray, cap: dict) -> Self:
         caps = list(self.provenance.get("caps", ()))
@@ -158,13 +157,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
     )
 
 
-def assume_hub_unreachable(reason: str | None) -> None:
-    """Do not ask the hub in this process, for it is known that it cannot be reached, and how. None: ask again."""
+def assume_hub_unreachable(reason: str) -> None:
+    """Do not ask the hub in this process, for it is known that it cannot be reached, and how."""
     global hub_unreachable
     hub_unreachable = reason
-
-
-def forget_sources() -> None:
-    """Search again at the next call, and ask the hub again."""
-    assume_hub_unreachable(None)
-    _search.cache_clear()

@@ -54,9 +54,8 @@ def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) ->
 
 
 @torch.inference_mode()
-def logit_chunks(
-    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
-) -> Iterator[torch.Tensor]:
+def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
+                 ) -> Iterator[torch.Tensor]:
     """Logits under the backbone's unembedding of embeddings (texts, hidden), the states `layer` in Hugging Face's
     numbering, so many texts at a time that they fill `LOGIT_BYTES`: float32 (some texts, vocabulary), on its device.
 
@@ -96,10 +95,8 @@ def mean_logits(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
     return (total / count).float()
 
 
-def top_tokens(
-    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, classes: np.ndarray | None = None,
-    mean: torch.Tensor | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def top_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10,
+               classes: np.ndarray | None = None, mean: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The k tokens with the highest logits: ids int64 (texts, k), best first, and logits float32 (texts, k). `mean`,
     from `mean_logits`, is taken off first. Raises as `logit_chunks`, and `ValueError` if too few tokens count."""
     size = len(output_matrix(backbone)) if classes is None else len(np.unique(classes[classes >= 0]))
@@ -112,9 +109,8 @@ def top_tokens(
     return ids, values
 
 
-def aligned_tokens(
-    backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10, texts: Sequence[str] | None = None
-) -> pd.DataFrame:
+def aligned_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10,
+                   texts: Sequence[str] | None = None) -> pd.DataFrame:
     """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry, with the columns
     text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`."""
     ids, logits = top_tokens(backbone, embeddings, layer, k)
@@ -148,10 +144,8 @@ def token_ranks(top: np.ndarray, texts: Sequence[Sequence[int]]) -> pd.DataFrame
     return own.merge(ranking, on=["text", "token"], how="left")
 
 
-def embedding_ranks(
-    backbone: Backbone, embeddings: np.ndarray, layer: int, texts: Sequence[str], rule: TokenRule = DEFAULT_RULE,
-    deepest: int = max(KS),
-) -> pd.DataFrame:
+def embedding_ranks(backbone: Backbone, embeddings: np.ndarray, layer: int, texts: Sequence[str],
+                    rule: TokenRule = DEFAULT_RULE, deepest: int = max(KS)) -> pd.DataFrame:
     """`token_ranks` of the embeddings (texts, hidden) of `texts`, at least as deep as `deepest` and the longest T."""
     own = text_tokens(backbone.tokenizer, texts, classes := counted(backbone, rule))
     top, _ = top_tokens(backbone, embeddings, layer, max(deepest, *map(len, own)), classes)

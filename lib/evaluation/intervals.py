@@ -1,7 +1,7 @@
 """Every interval of the package: a percentile bootstrap over items, paired between runs, independent between data sets.
 A *run* is the table of one encoder (setting, layer, retriever) on some data sets: columns `task`, `item` and what the
 statistic needs. In a resample every run sees the same items drawn, so differences are paired. Each data set has a
-generator of its own, seeded by `seed` and its name: its interval does not depend on what else is loaded."""
+generator of its own, seeded by its name: its interval does not depend on what else is loaded."""
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-TAILS = (2.5, 97.5)  # percentiles: the ends of a 95 % interval
 CELLS = 2**16  # resamples x items that are held at once: 0.5 MB as float64, which a processor's cache holds
 Tables = Sequence[pd.DataFrame]
 Runs = dict[Hashable, pd.DataFrame | Sequence[pd.DataFrame]]
@@ -27,9 +26,6 @@ class Statistic:
     # Whether the mean of the draws is moved to the measured value, against the bias of a statistic that depends on the
     # number of distinct items.
     centred: bool = False
-
-    def __call__(self, tables: Tables, weights: np.ndarray) -> np.ndarray:
-        return self.function(tables, weights)
 
 
 def mean_of(column: str) -> Statistic:
@@ -88,7 +84,7 @@ def _values(tables: Tables, weights: np.ndarray, column: str) -> np.ndarray:
     return np.stack([table[column].to_numpy(np.float64) for table in tables], axis=1)
 
 
-def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[str, np.ndarray]:
+def _by_task(runs: Runs, statistic: Statistic, draws: int) -> dict[str, np.ndarray]:
     """task -> the measured values (first row) and the resampled ones, float64 (1 + draws, runs)."""
     flat = [(name, of) for name, run in runs.items() for of in ([run] if isinstance(run, pd.DataFrame) else run)]
     own = [[place for place, (name, _) in enumerate(flat) if name == run] for run in runs]
@@ -102,10 +98,10 @@ def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[st
         tables = [table.iloc[rows].reset_index(drop=True) for _, table in flat]
         items = tables[0].drop_duplicates("item", ignore_index=True)
         groups = list(items.groupby(statistic.within or "task").indices.values())
-        generator, size = np.random.default_rng([seed, *str(task).encode()]), max(1, CELLS // len(items))
+        generator, size = np.random.default_rng([0, *str(task).encode()]), max(1, CELLS // len(items))
         weights = (_weights(generator, groups, min(size, draws - begin)) for begin in range(0, draws, size))
-        measured = statistic(tables, np.ones((1, len(items)), int))
-        found[task] = np.concatenate([measured, *(statistic(tables, of) for of in weights)])
+        measured = statistic.function(tables, np.ones((1, len(items)), int))
+        found[task] = np.concatenate([measured, *(statistic.function(tables, of) for of in weights)])
         if statistic.centred and draws:
             found[task][1:] += measured - found[task][1:].mean(axis=0)
         found[task] = np.stack([found[task][:, places].mean(axis=1) for places in own], axis=1)
@@ -121,10 +117,8 @@ def _weights(generator: np.random.Generator, groups: Sequence[np.ndarray], draws
     return weights
 
 
-def compare(
-    runs: Runs, statistic: Callable, reference: Hashable = None, ratio: bool = False, draws: int = 10_000,
-    seed: int = 0, average: str = "Avg", averaged: Collection[str] = (),
-) -> pd.DataFrame:
+def compare(runs: Runs, statistic: Statistic | Callable, reference: Hashable = None, ratio: bool = False,
+            draws: int = 10_000, averaged: Collection[str] = ()) -> pd.DataFrame:
     """The statistic of every run on every task with 95 % intervals, and every run beside one of them.
 
     Args:
@@ -133,17 +127,16 @@ def compare(
         statistic: `SPEARMAN`, `mean_of(column)`, `area_under_roc`, `distinct_share`, or a function as in `Statistic`.
         reference: label of the run that all are compared with, in pairs. ratio: whether to divide by it, too.
         draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan do not count.
-        average: names the rows of the mean of the tasks `averaged` (empty: all), if these and several tasks are there.
+        averaged: tasks (empty: all) whose mean has the rows `"Avg"`, if these and several tasks are there.
 
     Returns a row per run and task, in the order of both: run, task, value, low, high; with a reference difference,
     difference_low, difference_high; with `ratio` the same three of the ratio. Raises `ValueError` if the runs do not
-    hold the same items, or the reference is not one of them.
-    """
+    hold the same items, or the reference is not one of them."""
     if reference is not None and reference not in runs:
         raise ValueError(f"There is no run {reference!r}; choose from {', '.join(map(repr, runs))}.")
-    found = _by_task(runs, statistic if isinstance(statistic, Statistic) else Statistic(statistic), draws, seed)
+    found = _by_task(runs, statistic if isinstance(statistic, Statistic) else Statistic(statistic), draws)
     if len(found) > 1 and set(averaged) <= set(found):
-        found[average] = np.mean([found[task] for task in averaged or list(found)], axis=0)
+        found["Avg"] = np.mean([found[task] for task in averaged or list(found)], axis=0)
     table = pd.DataFrame({"run": [run for run in runs for _ in found], "task": [*found] * len(runs)})
     kinds = {"": (values := np.stack(list(found.values())))}  # (tasks, 1 + draws, runs)
     if reference is not None:
@@ -153,12 +146,6 @@ def compare(
             kinds |= {"ratio": values / of_reference} if ratio else {}
     for kind, of_kind in kinds.items():
         table[kind or "value"] = of_kind[:, 0].T.ravel()
-        for end, tail in zip(("low", "high"), TAILS) if draws else ():
+        for end, tail in (("low", 2.5), ("high", 97.5)) if draws else ():  # percentiles: a 95 % interval
             table[f"{kind}_{end}".strip("_")] = np.nanpercentile(of_kind[:, 1:], tail, axis=1).T.ravel()
     return table
-
-
-def wide(table: pd.DataFrame, index: str | Sequence[str] = "run", value: str = "value") -> pd.DataFrame:
-    """A long table, such as `compare`'s, with a column per task, in its order; `index` names the columns before."""
-    index, tasks = [index] if isinstance(index, str) else list(index), table["task"].unique()
-    return table.set_index([*index, "task"])[value].unstack(sort=False)[tasks].reset_index().rename_axis(columns=None)

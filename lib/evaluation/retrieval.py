@@ -18,7 +18,6 @@ from lib.data.retrieval import RetrievalData
 Ranking = dict[str, list[str]]
 DEPTH = 128  # deep enough for Recall@100 after documents have been taken out of the ranking
 QUERY_ROWS = 16  # queries whose cosines with all documents are held at once
-UNIT = Normalise()
 WORDS = partial(bm25s.tokenize, stopwords="en", return_ids=False, show_progress=False)
 METRICS = {"nDCG@10": nDCG @ 10, "Recall@100": R @ 100, "MRR@10": RR @ 10}
 
@@ -27,13 +26,13 @@ class DenseRetriever:
     """Cosine similarity with every document; embeddings (documents, hidden) are kept as float32 of length 1."""
 
     def __init__(self, document_ids: Sequence[str], embeddings: np.ndarray):
-        self.document_ids, self.documents = list(document_ids), UNIT(embeddings.astype(np.float32))
+        self.document_ids, self.documents = list(document_ids), Normalise()(embeddings.astype(np.float32))
 
     def search(self, query_ids: Sequence[str], queries: np.ndarray, depth: int = DEPTH) -> Ranking:
         """The best `depth` documents of each query; `queries` are their embeddings (queries, hidden)."""
         places, parts = np.arange(len(self.documents)), range(0, len(queries), QUERY_ROWS)
-        some = (UNIT(queries[begin : begin + QUERY_ROWS].astype(np.float32)) @ self.documents.T for begin in parts)
-        rows = zip(query_ids, chain.from_iterable(some), strict=True)
+        units = (Normalise()(queries[begin : begin + QUERY_ROWS].astype(np.float32)) for begin in parts)
+        rows = zip(query_ids, chain.from_iterable(unit @ self.documents.T for unit in units), strict=True)
         return {query: best_first(self.document_ids, places, scores, depth) for query, scores in rows}
 
     @property
@@ -79,9 +78,8 @@ def reciprocal_rank_fusion(rankings: Iterable[Ranking]) -> Ranking:
     return {query: [document for document, _ in found.most_common(DEPTH)] for query, found in scores.items()}
 
 
-def evaluate_retrieval(
-    ranking: Ranking, qrels: dict[str, dict[str, int]], excluded: dict[str, Collection[str]] | None = None
-) -> pd.DataFrame:
+def evaluate_retrieval(ranking: Ranking, qrels: dict[str, dict[str, int]],
+                       excluded: dict[str, Collection[str]] | None = None) -> pd.DataFrame:
     """Each ranked query's metrics by trec_eval's definitions (ir-measures): item (its id), and `METRICS` from 0 to 1.
     nDCG has linear gains, as in BEIR; a document with any grade above 0 is relevant for recall and reciprocal rank.
     `excluded` (query id -> documents) is taken out of the ranking first. `ValueError` if a query is not judged."""
@@ -96,16 +94,13 @@ def evaluate_retrieval(
     return pd.DataFrame({"item": list(ranking)} | scores)
 
 
-def dense_scores(
-    encoder: SentenceEncoder, data: dict[str, RetrievalData], layers: Iterable[int] | None = None,
-    documents: SentenceEncoder | None = None,
-) -> pd.DataFrame:
-    """Dense retrieval by an encoder's embeddings at each layer (None is the exit layer), of documents by `documents`:
-    a row per set, layer (0 to num_layers) and query, with task, layer, and the columns of `evaluate_retrieval`."""
+def dense_scores(encoder: SentenceEncoder, data: dict[str, RetrievalData], layers: Iterable[int] | None = None
+                 ) -> pd.DataFrame:
+    """Dense retrieval by an encoder's embeddings at each layer (None is the exit layer): a row per set, layer (0 to
+    num_layers) and query, with task, layer, and the columns of `evaluate_retrieval`."""
     layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
     for task, found in data.items():
-        queries = encoder.encode_layers(found.queries["text"], layers)
-        stored = (documents or encoder).encode_layers(found.corpus["text"], layers)
+        queries, stored = (encoder.encode_layers(side["text"], layers) for side in (found.queries, found.corpus))
         for layer in queries:
             ranking = DenseRetriever(found.corpus["id"], stored[layer]).search(found.queries["id"], queries[layer])
             tables.append(evaluate_retrieval(ranking, found.qrels, found.excluded).assign(task=task, layer=layer))

@@ -11,9 +11,8 @@ L2 = (1e-5, 1e-4, 1e-3, 1e-2)  # the weakest first, which is chosen among equal 
 BATCH, PASSES, ROUNDS, TENACITY = 64, 4, 51, 5  # it begins rounds of 4 passes until more than 200 passes are done
 
 
-def stopped_early(
-    features: np.ndarray, labels: np.ndarray, fit: np.ndarray, test: np.ndarray, strengths: Sequence[float], held=None
-) -> np.ndarray:
+def stopped_early(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, test: np.ndarray,
+                  strengths: Sequence[float], held=None) -> np.ndarray:
     """Predicted labels of the items `test` by a classifier for each strength of L2, (strengths, test items).
 
     A round is four passes over the items to fit, each in a new order, then accuracy on items held out. The sixth round

@@ -11,9 +11,8 @@ from lib.core.encoder import SentenceEncoder
 from lib.data.sources import EvaluationData
 
 
-def sts_pairs(
-    encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
-) -> pd.DataFrame:
+def sts_pairs(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
+              ) -> pd.DataFrame:
     """Cosine similarity of every pair at each layer (None: the exit layer), all from one pass of the model. `data` is
     task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers) and
     pair: task, subset, item (its place), gold (the data's score), layer, similarity (float64, -1 to 1)."""
@@ -51,12 +50,3 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def spearman(gold, similarity) -> float:
     """Spearman's rank correlation x 100 of two sequences of numbers; equal values get their mean rank."""
     return 100 * float(spearmanr(gold, similarity).statistic)
-
-
-def sts_scores(pairs: pd.DataFrame) -> pd.DataFrame:
-    """SentEval's score of each task and subset, Spearman's rho x 100, from a table of `sts_pairs`: columns layer, task,
-    subset, score, pairs (how many). Subset `"all"` is one correlation over all pairs of a task (SentEval's "all", which
-    the papers report), and not the mean over subsets."""
-    groups = pd.concat([pairs.assign(subset="all"), pairs]).groupby(["layer", "task", "subset"], sort=False)
-    rows = [(*key, spearman(group["gold"], group["similarity"]), len(group)) for key, group in groups]
-    return pd.DataFrame(rows, columns=["layer", "task", "subset", "score", "pairs"])

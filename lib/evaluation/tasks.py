@@ -25,17 +25,13 @@ class Task:
     load: Callable[[], object]
     items: Callable[[SentenceEncoder, dict[str, object], Iterable[int] | None], pd.DataFrame]
     statistic: Statistic
-    unit: str
 
 
-def suite(name: str, tasks: Iterable[str], load: Callable, *rest) -> dict[str, Task]:
-    """Tasks that differ in their data only, by name; `rest` are the last three arguments of `Task`."""
-    return {task: Task(task, name, partial(load, task), *rest) for task in tasks}
-
-
-STS = suite("STS", STS_TASKS, load_sts, sts_pairs, SPEARMAN, "Spearman x 100")
-TRANSFER = suite("transfer", TRANSFER_TASKS, load_transfer, transfer_predictions, mean_of("correct"), "accuracy x 100")
-RETRIEVAL = suite("retrieval", SETS, load_beir, dense_scores, mean_of("nDCG@10"), "nDCG@10")
+RIGHT, GAIN = mean_of("correct"), mean_of("nDCG@10")
+STS = {name: Task(name, "STS", partial(load_sts, name), sts_pairs, SPEARMAN) for name in STS_TASKS}
+TRANSFER = {name: Task(name, "transfer", partial(load_transfer, name), transfer_predictions, RIGHT)
+            for name in TRANSFER_TASKS}
+RETRIEVAL = {name: Task(name, "retrieval", partial(load_beir, name), dense_scores, GAIN) for name in SETS}
 
 
 def compare_suite(tasks: dict[str, Task], runs: Runs, reference: Hashable = None, **options) -> pd.DataFrame:

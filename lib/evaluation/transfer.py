@@ -34,10 +34,8 @@ FOLDS = 10  # SentEval's
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
 
 
-def transfer_predictions(
-    encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None,
-    classifier: str = "exact",
-) -> pd.DataFrame:
+def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None,
+                         classifier: str = "exact") -> pd.DataFrame:
     """Predicted labels of the tasks' test items at each layer (None: the exit layer), a pass of the model per task.
     `data`: task -> data with the columns split, sentence1, sentence2, label. Returns a row per task, layer (0 to
     num_layers) and test item: task, layer, the columns of `classify`, and correct (100.0 or 0.0). `classifier` is that
@@ -77,9 +75,8 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([np.abs(first - second), first * second], axis=1)
 
 
-def classify(
-    features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "", classifier: str = "exact"
-) -> pd.DataFrame:
+def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "",
+             classifier: str = "exact") -> pd.DataFrame:
     """Fit and test a logistic regression on features, float (items, width), and labels, int (items,).
 
     The names in `splits` (items,) decide the protocol: all are `"all"` (nested folds, every item is tested once), or
@@ -88,8 +85,7 @@ def classify(
     that of the progress bar, which is shown above 1,000 items.
 
     Returns a row per tested item: item (its place, ascending), gold, predicted, l2 (the strength chosen for its fit).
-    Raises `ValueError` for other splits or classifiers, unequal lengths, too few members of a class, infinite features.
-    """
+    `ValueError` for other splits or classifiers, unequal lengths, too few members of a class, infinite features."""
     fit_and_predict, strengths = _chosen(classifier)
     features, labels, splits = check_array(features), np.asarray(labels), np.asarray(splits)
     check_consistent_length(features, labels, splits)

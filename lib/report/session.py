@@ -76,13 +76,13 @@ class Session:
         self._remember(name, **result.provenance)
         return result.value
 
-    def _by_task(self, compute: Callable, name: str, encoder, data: dict, layers: Iterable[int] | None = None):
+    def _by_task(self, compute: Callable, name: str, encoder, data: dict, layers: Iterable[int] | None = None, **rest):
         """A result a task, encoded by itself, so that a task has the same batches and scores in whatever company."""
         layers = sorted({encoder.backbone.layer_index(n) for n in ([encoder.exit_layer] if layers is None else layers)})
-        tables = [self.stored(f"{name}-{task}", compute, encoder, {task: of}, layers) for task, of in data.items()]
+        tables = [self.stored(f"{name}-{of}", compute, encoder, {of: data[of]}, layers, **rest) for of in data]
         return pd.concat(tables, ignore_index=True)
 
-    # Both take an encoder, task -> data and, else its exit layer, layers, and go through the result store.
+    # Both take an encoder, task -> data, layers (else its exit layer) and more of the function's own arguments.
     sts = partialmethod(_by_task, sts_pairs, "sts")
     transfer = partialmethod(_by_task, transfer_predictions, "transfer")
 

@@ -62,7 +62,7 @@ def similarity_gaps(pairs: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """As `similarity_scores`, of the score on the first task (similarity) minus that on each other task (`gap to`)."""
     def gap(tables: Sequence[pd.DataFrame], weights: np.ndarray) -> np.ndarray:
         similar = tables[0]["similar"].to_numpy(bool)
-        scores = [SPEARMAN([table[rows] for table in tables], weights[:, rows]) for rows in (similar, ~similar)]
+        scores = [SPEARMAN.function([of[rows] for of in tables], weights[:, rows]) for rows in (similar, ~similar)]
         return scores[0] - scores[1]
 
     first, *others = pairs["task"].unique()

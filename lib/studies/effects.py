@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from lib.evaluation.intervals import compare, wide
+from lib.evaluation.intervals import compare
 
 
 def compare_variants(runs: dict[str, dict], statistic: Callable, reference=None, draws=10_000) -> pd.DataFrame:
@@ -27,7 +27,8 @@ def overall(table: pd.DataFrame) -> pd.DataFrame:
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     """A table of `compare_variants` with a column per task; low and high are the interval of the average."""
     names = ["prompt", "variant", "layer"]
-    return wide(scores, names).merge(overall(scores)[[*names, "low", "high"]], on=names)
+    wide = scores.set_index([*names, "task"])["value"].unstack(sort=False)[scores["task"].unique()]
+    return wide.reset_index().rename_axis(columns=None).merge(overall(scores)[[*names, "low", "high"]], on=names)
 
 
 def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callable) -> pd.DataFrame:

@@ -90,7 +90,7 @@ class Spectrum:
 
     def shift(self, multiple: float = 1.0) -> ComponentShifted:
         """h + multiple v_1 u_1 for every embedding h; the paper's adjustment has the multiple 1."""
-        return ComponentShifted(self.first, multiple * self.v1)
+        return ComponentShifted(self.first, amount=multiple * self.v1)
 
 
 def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, k: int = 10) -> pd.DataFrame:

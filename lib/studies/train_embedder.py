@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lib.core.adapters import around_peft, read_adapter, save_adapter
 from lib.core.backbone import Backbone, load_backbone
 from lib.core.code_version import code_version
-from lib.core.hardware import choose_dtype, token_batches, token_budget
+from lib.core.hardware import choose_dtype, token_batches
 from lib.core.pooling import last_state
 from lib.core.prompts import get_prompt
 from lib.core.store import CACHE, fingerprint
@@ -155,7 +155,7 @@ def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> d
 
 def _embed(model: PeftModel, rows: TokenRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
     """The last tokens' states after the final norm, (chosen, hidden), computed in parts of similar length."""
-    states, parts = [], token_batches([len(rows.ids[i]) for i in chosen], token_budget(device))
+    states, parts = [], token_batches([len(rows.ids[i]) for i in chosen], device)
     for batch in (rows.batch(chosen[part], device) for part in parts):
         output = model.get_base_model().base_model(input_ids=batch.ids, use_cache=False)
         states.append(last_state(output.last_hidden_state, batch.last))
