@@ -11,7 +11,8 @@ _HOMES = {
     "lib.core.contrastive": "ContrastivePrompting",
     "lib.core.encoder": "SentenceEncoder",
     "lib.core.pooling": "Pooling",
-    "lib.core.postprocess": "ComponentRemoved ComponentShifted EmbedFilter MeanDirectionRemoved MeanRemoved Normalise",
+    "lib.core.postprocess": "ComponentRemoved ComponentShifted EmbedFilter MeanDirectionRemoved MeanRemoved Normalise "
+                            "load_postprocess",
     "lib.core.prompts": "PROMPTS Prompt",
     "lib.core.store": "EmbeddingStore",
     "lib.core.token_prepending": "Placement TokenPrepending",

@@ -162,7 +162,7 @@ def test_neighbours_the_prefix_and_errors_change_nothing_and_float16_little(back
         assert tiny.cosines(half, exact).min() > 0.99 and half.dtype == np.float32, full.name
 
 
-def test_postprocesses_against_numpy(backbone):
+def test_postprocesses_against_numpy_come_back_from_a_file(tmp_path, backbone):
     data = np.random.default_rng(1).normal(0.3, 1, (50, HIDDEN)).astype(np.float32)
     data.flags.writeable = False
     lengths, mean, unembedding = np.linalg.norm(data, axis=1), data.mean(0), backbone.unembedding.weight.numpy()
@@ -172,14 +172,20 @@ def test_postprocesses_against_numpy(backbone):
     expected = {
         lib.MeanRemoved.fit(data, "50 texts"): data - mean, lib.MeanDirectionRemoved.fit(data, "50 texts"): rest,
         lib.ComponentRemoved.fit(data, "50 texts"): data - np.outer(data @ first, first),
-        lib.ComponentShifted(first, amount=2.0): data + 2 * first, lib.Normalise(): data / lengths[:, None],
+        lib.ComponentShifted(first, 2.0): data + 2 * first, lib.Normalise(): data / lengths[:, None],
     }
     for tau, kept in ((1, slice(0, 32)), (2, slice(8, 24)), (3, slice(11, 21)), (32, slice(15, 16))):
         expected[EmbedFilter.fit(backbone, tau)] = data @ right[kept].T
     for ours, result in expected.items():
-        found = ours(data)
-        signs = np.sign((found * result).sum(0)) if isinstance(ours, EmbedFilter) else 1  # which are free
-        np.testing.assert_allclose(found * signs, result, atol=2e-5)
-        assert found.dtype == np.float32
+        ours.save(tmp_path / "ours.npz")
+        again = lib.load_postprocess(tmp_path / "ours.npz")
+        assert type(again) is type(ours) and again.describe() == ours.describe()
+        for found in (ours(data), again(data)):
+            signs = np.sign((found * result).sum(0)) if isinstance(ours, EmbedFilter) else 1  # which are free
+            np.testing.assert_allclose(found * signs, result, atol=2e-5)
+            assert found.dtype == np.float32
     assert len({str(ours.describe()) for ours in expected}) == len(expected)
     assert SentenceEncoder(backbone, postprocess=EmbedFilter.fit(backbone)).encode("No.").shape == (HIDDEN // 2,)
+    type("Other", (lib.MeanRemoved,), {})(mean).save(tmp_path / "ours.npz")
+    with pytest.raises(ValueError, match="holds a 'Other'; choose from Normalise, "):
+        lib.load_postprocess(tmp_path / "ours.npz")

@@ -2,6 +2,8 @@
 The principal components follow arXiv 2406.17378 and its official code, which does not centre first."""
 
 import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +14,7 @@ class Postprocess:
     """Called with embeddings, float32 (texts, hidden), it returns them changed.
 
     It may hold a vector (hidden,) or a matrix (hidden, kept), and numbers. `fitted_on` says in words on what; it goes
-    into the provenance."""
+    into the provenance. What was fitted can be saved, and loaded by `load_postprocess`."""
 
     def __init__(self, vector: np.ndarray = (), fitted_on: str = "", **numbers: float):
         self.vector, self.fitted_on, self.numbers = np.asarray(vector, np.float64), fitted_on, numbers
@@ -22,6 +24,10 @@ class Postprocess:
         about = {"fitted_on": self.fitted_on} if self.fitted_on else {}
         digest = hashlib.sha256(self.vector.tobytes()).hexdigest()[:16]
         return {"postprocess": type(self).__name__, "vector": digest, **self.numbers, **about}
+
+    def save(self, path: Path) -> None:
+        """Write it to one `.npz` file."""
+        np.savez(path, vector=self.vector, about=json.dumps(self.describe()))
 
 
 class Normalise(Postprocess):
@@ -94,10 +100,24 @@ class EmbedFilter(Postprocess):
 
 
 class ComponentShifted(Postprocess):
-    """Adds the number `amount` times a unit vector (hidden,): h + amount u. In the paper they are v_1 and u_1."""
+    """Adds `amount` times a unit vector (hidden,): h + amount u. The paper's adjustment has amount v_1 and u_1."""
+
+    def __init__(self, vector: np.ndarray, amount: float, fitted_on: str = ""):
+        super().__init__(vector, fitted_on, amount=float(amount))
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
         return (embeddings + self.numbers["amount"] * self.vector).astype(np.float32)
+
+
+def load_postprocess(path: Path) -> Postprocess:
+    """What `Postprocess.save` wrote. Raises `ValueError` for a kind that does not exist."""
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(str(file["about"])) | {"vector": file["vector"]}
+    kinds = Normalise, MeanRemoved, ComponentRemoved, MeanDirectionRemoved, EmbedFilter, ComponentShifted
+    name, kinds = about.pop("postprocess"), {kind.__name__: kind for kind in kinds}
+    if name not in kinds:
+        raise ValueError(f"{path} holds a {name!r}; choose from {', '.join(kinds)}.")
+    return kinds[name](**about)
 
 
 def principal_components(embeddings: np.ndarray, centre: bool = False) -> tuple[np.ndarray, np.ndarray]:
