@@ -1,7 +1,8 @@
-"""How much faster is the encoder than the reference path? Same model, same sentences, same embeddings, one interleaved run.
+"""How much faster is the encoder than the reference path? Same model, sentences and embeddings, one interleaved run.
 
-The reference path is what the official code does: batches of 16 in the given order, padding on the left, the whole prompt
-for every sentence, all blocks with all hidden states kept, the LM head over all positions. Run from the project folder:
+The reference path is what the official code does: batches of 16 in the given order, padding on the left, the whole
+prompt for every sentence, all blocks with all hidden states kept, the LM head over all positions. Run from the project
+folder:
 
     python -m benchmarks.encode --sentences 512 --rounds 3
 """

@@ -1,8 +1,9 @@
 """Notebook 05's cost tables on a GPU, for a model of Llama-2-7B's shape with random weights, in bfloat16.
 
-Time does not depend on the weights; quality does, so none is reported. The tokenizer is the bundled model's: the vocabulary
-is not Llama-2's, but the embedding is a lookup, and only the reference path runs the LM head. Settings are the paper's (TP
-1 -> 7, read at layer 27). The tables go to data/gpu/, where notebook 05 finds them. Run from the project folder:
+Time does not depend on the weights; quality does, so none is reported. The tokenizer is the bundled model's: the
+vocabulary is not Llama-2's, but the embedding is a lookup, and only the reference path runs the LM head. Settings are
+the paper's (TP 1 -> 7, read at layer 27). The tables go to data/gpu/, where notebook 05 finds them. Run from the
+project folder:
 
     python -m benchmarks.gpu_cost
 """
@@ -19,23 +20,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.encode import ReferencePath
 from lib.core.backbone import Backbone, load_backbone
-from lib.core.devices import device_name
 from lib.core.encoder import SentenceEncoder
+from lib.core.hardware import device_name
 from lib.core.store import write_atomically
 from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
 from lib.report.results import environment
 from lib.report.settings import Setting
-from lib.studies.cost import QUARTILES, count_flops, matmul_peak, measure, ratio_quartiles
-from lib.studies.cost_tables import GPU_RESULTS, contenders, run_methods
+from lib.studies.cost import (
+    GPU_RESULTS,
+    QUARTILES,
+    contenders,
+    count_flops,
+    matmul_peak,
+    measure,
+    ratio_quartiles,
+    run_methods,
+)
 
 METHODS = ("mean", "echo", "prompteol", "cot", "ke", "ck", "metaeol")
 WITH_TP = METHODS[2:]
 
 
 def random_llama(tokenizer, layers: int, hidden: int, heads: int, intermediate: int, device: str) -> Backbone:
-    """A Llama with random bfloat16 weights, made on the device (the defaults of `main` are Llama-2-7B's shape: 13 GB)."""
+    """A Llama with random bfloat16 weights, made on the device (`main`'s defaults are Llama-2-7B's shape: 13 GB)."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=intermediate, max_position_embeddings=4096,
@@ -64,7 +73,9 @@ def against_reference(backbone: Backbone, setting: Setting, sentences: list[str]
     return pd.DataFrame(rows)
 
 
-def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list[str], rounds: int) -> dict[str, pd.DataFrame]:
+def measure_all(
+    backbone: Backbone, setting: Setting, few: list[str], many: list[str], rounds: int
+) -> dict[str, pd.DataFrame]:
     """The paper's protocol on `few` sentences, the practical one and the reference path on `many`: name -> table."""
     settings = dict.fromkeys(WITH_TP, setting)
     return {
@@ -77,7 +88,7 @@ def measure_all(backbone: Backbone, setting: Setting, few: list[str], many: list
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokenizer", type=Path, help="a folder to take the tokenizer from; default: the bundled model's")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer; default: the bundled model's")
     for name, default in (("layers", 32), ("hidden", 4096), ("heads", 32), ("intermediate", 11008), ("exit", 27),
                           ("sentences", 24), ("practical-sentences", 512), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -85,8 +96,10 @@ def main(arguments: list[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; nothing was measured")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else load_backbone(device="cpu").tokenizer
-    backbone = random_llama(tokenizer, options.layers, options.hidden, options.heads, options.intermediate, options.device)
+    folder = options.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder) if folder else load_backbone(device="cpu").tokenizer
+    sizes = options.layers, options.hidden, options.heads, options.intermediate
+    backbone = random_llama(tokenizer, *sizes, options.device)
     setting = Setting(TokenPrepending(1, min(7, options.exit)), options.exit)
     source = find_source()
     data = load_sts("sample" if source.is_sample else "STS-B")
@@ -96,13 +109,13 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     device = device_name(backbone.device)
     about = {
-        "model": backbone.name, "weights": "random", "dtype": str(backbone.dtype).removeprefix("torch."), "device": device,
-        "tp": setting.method.describe(), "exit_layer": setting.exit_layer, "data": source.label, "rounds": options.rounds,
-        "environment": environment(),
+        "model": backbone.name, "weights": "random", "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": device, "tp": setting.method.describe(), "exit_layer": setting.exit_layer, "data": source.label,
+        "rounds": options.rounds, "environment": environment(),
     }
     path = options.folder / f"{device.lower().replace(' ', '-')}-{options.layers}x{options.hidden}.json"
-    content = {"about": about, "tables": {name: table.to_dict(orient="split", index=False) for name, table in tables.items()}}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    split = {name: table.to_dict(orient="split", index=False) for name, table in tables.items()}
+    write_atomically(path, (json.dumps({"about": about, "tables": split}, indent=1) + "\n").encode())
     print(f"written: {path.name}")
     print(tables["reference"].to_markdown(index=False, floatfmt=".2f"))
     return path

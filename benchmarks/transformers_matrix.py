@@ -1,8 +1,8 @@
 """Which releases of `transformers` does the package work with, and for which families of models?
 
-Each release gets a throw-away venv of its own, in which the project's tests of tiny random models are run: the states of
-the baseline and of TP equal the loop over the blocks, at every exit layer, on whole prompts and with a shared prefix.
-Run from the project folder (15 minutes on two cores, 3 GB of disk while it runs):
+Each release gets a throw-away venv of its own, in which the project's tests of tiny random models are run: the states
+of the baseline and of TP equal the loop over the blocks, at every exit layer, on whole prompts and with a shared
+prefix. Run from the project folder (15 minutes on two cores, 3 GB of disk while it runs):
 
     python -m benchmarks.transformers_matrix
     python -m benchmarks.transformers_matrix --folder DIR --versions 5.0.0 4.57.6     # keeps the venvs, for another run
@@ -44,9 +44,10 @@ def make_venv(path: Path, packages: list[str], behind: Path | None = None) -> Pa
 
 
 def check_families() -> None:
-    """In a release's venv: print a line of JSON per family: [family, `yes`, `no: reason`, `whole prompts: reason` or `-`].
+    """In a release's venv: print a line of JSON per family: [family, `yes`, `no: why`, `whole prompts: why` or `-`].
 
-    A model that cannot share a prefix is run on whole prompts by the encoder, so its embeddings are right all the same."""
+    A model that cannot share a prefix is run on whole prompts by the encoder, so its embeddings are right all the same.
+    """
     import test_architectures as tests  # imports all of the package that runs a model
     from tiny_models import FAMILIES, tiny_backbone
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

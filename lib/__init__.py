@@ -1,7 +1,7 @@
 """Training-free text embeddings from language models: Token Prepending and key tokens.
 
-Six rooms, each importing only from those after it: run, studies, report, evaluation, data, core. For an embedding of your
-own, `core` is all that is needed. The names below are imported when they are first used, so that `import lib` is quick.
+Six rooms, each importing only from those after it: run, studies, report, evaluation, data, core. For an embedding of
+your own, `core` is all that is needed. The names below are imported when first used, so that `import lib` is quick.
 """
 
 from importlib import import_module

@@ -1,37 +1,23 @@
-"""Fixtures that several test files use, and the order in which two workers run the files."""
-
-import os
-from contextlib import contextmanager
+"""Fixtures that several test files use, how properties are searched, and the order in which workers run the files."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lib.data import download, sources
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Handing small products to several threads costs more than it saves, most on a busy machine.
+torch.set_num_threads(1)
+
+# The same examples in each run, however slow the machine is.
+settings.register_profile(
+    "same", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
     """The two long files start first, one on each worker."""
     items.sort(key=lambda item: item.path.name not in ("test_smoke.py", "test_interrupted.py"))
-
-
-@contextmanager
-def threads(count: int):
-    """Run with so many threads. Handing small products to several costs more than it saves, most on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +26,27 @@ def smollm2():
     from lib.core.backbone import ModelNotFoundError, load_backbone
 
     try:
-        with threads(1):
-            return load_backbone("smollm2", dtype="float32", device="cpu")
+        return load_backbone("smollm2", dtype="float32", device="cpu")
     except ModelNotFoundError as error:
         pytest.skip(f"The bundled model is not here: {error}")
+
+
+@pytest.fixture
+def backbone():
+    """The tiny Llama that tests share. After each of them it must be as it was."""
+    from tiny_models import tiny_backbone, untouched
+
+    with untouched(tiny_backbone()):
+        yield tiny_backbone()
+
+
+@pytest.fixture
+def passes(backbone):
+    """The shapes (rows, tokens) of all forward passes of the tiny Llama in this test."""
+    shapes = []
+    handle = backbone.embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    yield shapes
+    handle.remove()
 
 
 @pytest.fixture

@@ -8,10 +8,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-from lib.data import sources
-
-COMMIT = "c" * 40
-
 
 class FakeHub:
     """Serves `files` (name -> bytes) of every repository, and behaves as `mode` says.
@@ -32,7 +28,7 @@ class FakeHub:
                 path = urlsplit(self.path).path
                 name = re.sub(r".*/resolve/[^/]+", "", path).removeprefix("/")
                 if hub.mode in ("hang", "drop"):
-                    hub.closing.wait(60 if hub.mode == "hang" else 0)
+                    hub.closing.wait({"hang": 60, "drop": 0}[hub.mode])
                 elif hub.mode == "drip":
                     self.wfile.write(b"HTTP/1.1 200 OK\r\n")
                     while not hub.closing.wait(0.05):
@@ -42,26 +38,23 @@ class FakeHub:
                 elif hub.mode.isdigit():
                     self.send_error(int(hub.mode))
                 elif path.startswith("/api/"):
-                    about = {"id": path.removeprefix("/api/datasets/"), "sha": COMMIT}
+                    about = {"id": path.removeprefix("/api/datasets/"), "sha": "c" * 40}
                     self.answer(json.dumps([*map(hub.entry, hub.files)] if "/tree/" in path else about).encode())
                 elif name not in hub.files or (hub.mode == "GET fails" and self.command == "GET"):
                     self.send_error(403 if name in hub.files else 404)
                 else:
                     etag = f'"{hub.entry(name)["lfs"]["oid"]}"'
-                    self.answer(hub.files[name], {"X-Repo-Commit": COMMIT, "X-Linked-Etag": etag, "ETag": '"another"'})
+                    self.answer(hub.files[name], X_Repo_Commit="c" * 40, X_Linked_Etag=etag, ETag='"another"')
 
-            do_GET = do_HEAD
-
-            def answer(self, content, headers=()):
+            def answer(self, content, **headers):
                 self.send_response(200)
-                for key, value in {**dict(headers), "Content-Length": str(len(content))}.items():
-                    self.send_header(key, value)
+                for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(key.replace("_", "-"), value)
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(content)
 
-            def log_message(self, *_):
-                pass
+            do_GET, log_message = do_HEAD, lambda *_: None
 
             def handle(self):
                 with contextlib.suppress(ConnectionError):  # the client gave up, as it should
@@ -86,14 +79,3 @@ class FakeHub:
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()
-
-
-@contextlib.contextmanager
-def serving(files, monkeypatch):
-    """A `FakeHub` that `lib.data` asks."""
-    hub = FakeHub(files)
-    sources.forget_sources()
-    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    yield hub
-    hub.close()

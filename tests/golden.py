@@ -19,9 +19,16 @@ MEASURED = re.compile(r"\btime\b|second|\bms\b|\bMB\b|\bGB\b|peak|speed|^cost$|^
 INTERVAL = re.compile(r"(^|_)(low|high)$|quartile", re.I)
 ONLY_MEASURED = ("cost_profile.csv", "cost_beside_paper.csv")
 
-# How far a number may be from the golden one. On another processor float32 sums come in another order, which moves
-# cosines and logits in the sixth digit. Scores by ranks, and shares, move in steps or not at all.
-RELATIVE, ABSOLUTE = 2e-3, 2e-3
+# How far a number may be from the golden one, absolutely and as a share of it. On another processor float32 sums come
+# in another order: with AVX2 for AVX512 and two threads for one, all numbers moved by less than 0.0001 of themselves,
+# but those that hang on the embedder that is trained here by up to 0.022, because training makes rounding grow.
+LIMIT, OF_THE_TRAINED_EMBEDDER = 2e-3, 4e-2
+TRAINED = ("alignment_scores", "alignment_embedder", "spectrum_", "retrieval_", "concepts_")
+
+
+def limit(name: str) -> float:
+    """How far numbers of a table may be off."""
+    return OF_THE_TRAINED_EMBEDDER if name.startswith(TRAINED) else LIMIT
 
 
 def comparable(table: pd.DataFrame) -> pd.DataFrame:
@@ -31,11 +38,11 @@ def comparable(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=timed)
 
 
-def differences(ours: pd.DataFrame, golden: pd.DataFrame) -> list[str]:
+def differences(ours: pd.DataFrame, golden: pd.DataFrame, limit: float = LIMIT) -> list[str]:
     """Where a table differs from the golden one; empty if nowhere.
 
     Columns and rows must be the same ones in the same order. Text and whole numbers must be equal, other numbers must
-    not be further away than the limits above, and what is missing in one must be missing in the other.
+    not be further away than the limit, and what is missing in one must be missing in the other.
     """
     ours = comparable(ours)
     if list(ours) != list(golden) or len(ours) != len(golden):
@@ -44,7 +51,7 @@ def differences(ours: pd.DataFrame, golden: pd.DataFrame) -> list[str]:
     for column in golden:
         a, b = ours[column], golden[column]
         if pd.api.types.is_float_dtype(a) and pd.api.types.is_float_dtype(b):
-            same = np.isclose(a, b, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+            same = np.isclose(a, b, rtol=limit, atol=limit, equal_nan=True)
         else:
             same = (a == b) | (a.isna() & b.isna())
         found += [f"{column}, row {row}: {a[row]!r} instead of {b[row]!r}" for row in np.flatnonzero(~np.asarray(same))]
@@ -57,7 +64,8 @@ def compare(folder: Path, golden: Path = FOLDER) -> list[str]:
     wanted = {path.name for path in golden.glob("*.csv")}
     lines = [f"{name}: {'not expected' if name in names else 'missing'}" for name in sorted(names ^ wanted)]
     for name in sorted(names & wanted):
-        lines += [f"{name}: {line}" for line in differences(pd.read_csv(folder / name), pd.read_csv(golden / name))]
+        ours, theirs = pd.read_csv(folder / name), pd.read_csv(golden / name)
+        lines += [f"{name}: {line}" for line in differences(ours, theirs, limit(name))]
     return lines
 
 

@@ -17,24 +17,22 @@ from torch.nn.functional import normalize
 
 from lib.core import embedders
 from lib.core.backbone import ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.core.embedders import EMBEDDERS, embedder_of, embedder_table, load_embedder, status
+from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, load_embedder, status
 from lib.core.encoder import SentenceEncoder
 from lib.core.store import EmbeddingStore
 from lib.core.token_prepending import TokenPrepending
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from lib.evaluation.alignment import decode_logits
 
 TEXTS = ["A man is playing a large flute on the street .", "The market fell by 3.5 %.", "The dog's bone [1]", "Nothing"]
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
-
-
-def own(name: str, folder, base=None, **changes):
-    """An embedder of the table with a local folder in the place of the hub."""
-    return replace(EMBEDDERS[name], hub=str(folder), backbone=str(base or folder), **changes)
+TP = TokenPrepending(1, 2)
+EOL = 'This sentence : "{}" means in one word:"'
 
 
 def load(name: str, folder, base=None, backbone=None, store=None, dtype="float32", **changes):
-    return load_embedder(own(name, folder, base, **changes), dtype, "cpu", backbone, store)
+    """An embedder of the table with a local folder in the place of the hub."""
+    entry = replace(EMBEDDERS[name], hub=str(folder), backbone=str(base or folder), **changes)
+    return load_embedder(entry, dtype, "cpu", backbone, store)
 
 
 def save(folder, *parts):
@@ -43,19 +41,15 @@ def save(folder, *parts):
     return folder
 
 
-def tiny(family: str, base: bool):
-    """A tiny model; `base` leaves its head out, as many checkpoints do."""
-    return tiny_backbone(family).base if base else tiny_backbone(family).model
+def saved(folder, family: str, part: str = "model"):
+    """The folder of a tiny model; the part "base" is without its head, as many checkpoints are."""
+    return save(folder / f"{family}{part}", getattr(tiny_backbone(family), part), tiny_backbone(family).tokenizer)
 
 
-def saved(folder, family: str, base: bool = False):
-    return save(folder / f"{family}{base}", tiny(family, base), tiny_backbone(family).tokenizer)
-
-
-def lora(folder, family: str, base: bool = False, seed: int = 1):
+def lora(folder, family: str, part: str = "model", seed: int = 1):
     """A random LoRA on a tiny model: its folder and the model with it."""
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(copy.deepcopy(tiny(family, base)), lora)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(copy.deepcopy(getattr(tiny_backbone(family), part)), config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -64,21 +58,30 @@ def lora(folder, family: str, base: bool = False, seed: int = 1):
 
 
 @torch.inference_mode()
-def states(model, ids: list[int], layer: int = -1, **inputs) -> torch.Tensor:
-    """States (tokens, hidden) of one unpadded row, by the model's own `output_hidden_states`."""
-    return model(input_ids=torch.tensor([ids]), output_hidden_states=True, **inputs).hidden_states[layer][0]
+def read(model, rows, part=lambda states, ids: states[-1], layer: int = -1, **inputs) -> torch.Tensor:
+    """Of each unpadded row the `part` of its states (tokens, hidden), by the model's own `output_hidden_states`."""
+    outputs = [model(input_ids=torch.tensor([ids]), output_hidden_states=True, **inputs) for ids in rows]
+    return torch.stack([part(output.hidden_states[layer][0], ids) for output, ids in zip(outputs, rows)])
 
 
-def answer(monkeypatch, hub, cached=()):
-    """The hub answers a question for access as `hub` does, and these files are in its cache."""
-    monkeypatch.setattr(embedders, "auth_check", hub)
-    monkeypatch.setattr(embedders, "try_to_load_from_cache", lambda *file: "path" if file in cached else None)
+def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypatch):
+    def silent(repo):
+        asked.append(repo)
+        raise OSError("no way")
+
+    def gated(repo):
+        if repo.startswith("meta-llama"):
+            raise GatedRepoError("403: the licence is to be accepted\nmore", response=MagicMock())
+
+    asked, cached = [], {("facebook/opt-1.3b", "pytorch_model.bin")}
     monkeypatch.setattr(embedders, "_silence", [])
-
-
-def test_a_silent_hub_is_a_status_and_is_asked_once(monkeypatch):
-    asked = []
-    answer(monkeypatch, lambda repo: asked.append(repo) or (_ for _ in ()).throw(OSError("no way")))
+    monkeypatch.setattr(embedders, "auth_check", gated)
+    monkeypatch.setattr(embedders, "try_to_load_from_cache", lambda *file: "path" if file in cached else None)
+    assert status(EMBEDDERS["llama2"]).endswith("not on this machine; 403: the licence is to be accepted")
+    assert status(EMBEDDERS["opt_eol"]) == "ready"
+    assert status(EMBEDDERS["opt_eol_cse"]) == "on the hub: royokong/prompteol-opt-1.3b"
+    cached.clear()
+    monkeypatch.setattr(embedders, "auth_check", silent)
     table = embedder_table().set_index("embedder")
     eight = "SGPT_nli SGPT_msmarco OPT_EOL OPT_EOL+CSE LLaMA_EOL LLaMA_EOL+CSE GritLM LLM2Vec"
     assert len(table) == 26 and set(table["paper"]) - {""} == set(eight.split()) and len(asked) == 1
@@ -87,41 +90,32 @@ def test_a_silent_hub_is_a_status_and_is_asked_once(monkeypatch):
     for name, error in {"opt_eol": ModelNotFoundError, "sentence_t5": ValueError, "smollm2-eol-cse": OSError}.items():
         with pytest.raises(error, match=f"{name}: not "):
             load_embedder(name)
-    with pytest.raises(ValueError, match="Unknown embedder 'sbert'; choose from smollm2-eol-cse, sgpt_nli"):
+    with pytest.raises(ValueError, match="Unknown embedder 'sbert'"):
         load_embedder("sbert")
-
-
-def test_a_hub_that_answers_says_what_may_be_had(monkeypatch):
-    def gated(repo):
-        if repo.startswith("meta-llama"):
-            raise GatedRepoError("403: the licence is to be accepted\nmore", response=MagicMock())
-
-    answer(monkeypatch, gated, {("facebook/opt-1.3b", "pytorch_model.bin")})
-    assert status(EMBEDDERS["llama2"]).endswith("not on this machine; 403: the licence is to be accepted")
-    assert status(EMBEDDERS["opt_eol"]) == "ready"
-    assert status(EMBEDDERS["opt_eol_cse"]) == "on the hub: royokong/prompteol-opt-1.3b"
 
 
 def test_gpt_neo_weighted_mean_in_brackets_that_are_tokens_of_their_own(tmp_path):
     base, tokenizer = saved(tmp_path, "gpt_neo"), tiny_backbone("gpt_neo").tokenizer
-    embedder = load("sgpt_msmarco", saved(tmp_path, "gpt_neo", base=True), base)
+    embedder = load("sgpt_msmarco", saved(tmp_path, "gpt_neo", "base"), base)
+
+    def weighted(states, ids):
+        return torch.arange(1.0, len(ids) + 1) / sum(range(len(ids) + 1)) @ states
+
     for encoder, frame in ((embedder.query, "[]"), (embedder.document, "{}")):
         before, after = tokenizer.convert_tokens_to_ids(list(frame))
         rows = [[before, *tokenizer(text)["input_ids"], after] for text in TEXTS]
-        weights = [torch.arange(1.0, len(row) + 1) / sum(range(len(row) + 1)) for row in rows]
-        found = [weight @ states(tiny_backbone("gpt_neo").model, row) for weight, row in zip(weights, rows)]
-        assert_same(encoder.encode(TEXTS), torch.stack(found), frame)
+        assert_same(encoder.encode(TEXTS), read(tiny_backbone("gpt_neo").model, rows, weighted), frame)
     assert embedder.decoder.name == str(base) and embedder.query.backbone.unembedding is embedder.decoder.unembedding
 
 
 def test_opt_decodes_to_its_next_token_logits_and_shares_the_baseline_s_store(tmp_path):
     model, tokenizer, store = tiny_backbone("opt").model, tiny_backbone("opt").tokenizer, tmp_path / "store"
     embedder = load("opt_eol", saved(tmp_path, "opt"), store=EmbeddingStore(store))
-    ids = [tokenizer(f'This sentence : "{text}" means in one word:"')["input_ids"] for text in ("Nothing.", "A man.")]
+    rows = [tokenizer(EOL.format(text))["input_ids"] for text in ("Nothing.", "A man.")]
     embeddings = embedder.query.encode(["Nothing", "A man."])
-    assert_same(embeddings, torch.stack([states(model, row)[-1] for row in ids]))
+    assert_same(embeddings, read(model, rows))
     with torch.inference_mode():
-        logits = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
+        logits = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
         assert_same(embedder.decoder.unembedding(torch.from_numpy(embeddings)), logits)
     files = set(store.iterdir())
     SentenceEncoder(embedder.decoder, "prompteol", store=EmbeddingStore(store)).encode(["Nothing", "A man."])
@@ -134,11 +128,11 @@ def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
     embedder = load("llama_eol_cse", base.name, backbone=base, adapters=(folder,))
     assert embedder.decoder is base and embedder.query.backbone.unembedding is base.unembedding
     assert all(torch.equal(before[key], value) for key, value in base.model.state_dict().items())
-    prompt = base.tokenizer('This sentence : "A man." means in one word:"')["input_ids"]
-    assert_same(embedder.query.encode("A man."), states(model, prompt)[-1])
-    assert np.abs(embedder.query.encode("A man.") - SentenceEncoder(base, "prompteol").encode("A man.")).max() > 0.05
-    expected = SentenceEncoder(embedder.query.backbone, "prompteol", TokenPrepending(1, 2)).encode("A man eats.")
-    assert_same(embedder.changed(method=TokenPrepending(1, 2)).query.encode("A man eats."), expected)
+    ours = embedder.query.encode(["A man."])
+    assert_same(ours, read(model, [base.tokenizer(EOL.format("A man."))["input_ids"]]))
+    assert np.abs(ours - SentenceEncoder(base, "prompteol").encode("A man.")).max() > 0.05
+    expected = SentenceEncoder(embedder.query.backbone, "prompteol", TP).encode("A man eats.")
+    assert_same(embedder.changed(method=TP).query.encode("A man eats."), expected)
     with pytest.raises(ValueError, match="is decoded by .*, not by tiny-llama"):
         load("opt_eol", base.name, backbone=tiny_backbone("llama"))
 
@@ -146,7 +140,7 @@ def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
 def test_the_embedder_of_a_backbone(tmp_path, monkeypatch):
     folder, asked = lora(tmp_path, "llama")[0], []
     base = load_backbone(str(saved(tmp_path, "llama")), "float32", "cpu")
-    entry = replace(own("llama_eol_cse", base.name, adapters=("here",), trained_here=True), name="ours")
+    entry = Entry("ours", base.name, base.name, ("here",), query="prompteol", trained_here=True)
     monkeypatch.setitem(EMBEDDERS, "ours", entry)
     prompteol = embedder_of(base)
     assert prompteol.name == "prompteol" and prompteol.query.backbone is prompteol.decoder is base
@@ -160,7 +154,7 @@ def test_the_embedder_of_a_backbone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("closes", [False, True])
 def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
     model, tokenizer = tiny_backbone("mistral").model, tiny_backbone("mistral").tokenizer
-    folder = saved(tmp_path, "mistral", base=True)
+    folder = saved(tmp_path, "mistral", "base")
     if closes:  # a tokenizer that closes every text itself
         closing = build_tokenizer("bytes")
         end = [("</s>", closing.convert_tokens_to_ids("</s>"))]
@@ -169,14 +163,13 @@ def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
     embedder = load("e5_mistral", folder, saved(tmp_path, "mistral"))
     for encoder, head in ((embedder.query, f"Instruct: {TASK}\nQuery: "), (embedder.document, "")):
         rows = [[*tokenizer(head + text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
-        assert_same(encoder.encode(TEXTS), normalize(torch.stack([states(model, row)[-1] for row in rows]), dim=1))
+        assert_same(encoder.encode(TEXTS), normalize(read(model, rows), dim=1))
 
 
 @pytest.mark.parametrize("kind", ["bytes_bos", "metaspace_bos"])
 @pytest.mark.parametrize("name, role, head, tail", [
     ("gritlm", "query", "<|user|>\nGiven a scientific paper title, retrieve the paper's abstract\n<|embed|>\n", ""),
-    ("gritlm", "document", "<|embed|>\n", ""),
-    ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
+    ("gritlm", "document", "<|embed|>\n", ""), ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
     ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]"),
 ])
 def test_bidirectional_mistral_mean_from_the_sentence_on(tmp_path, kind, name, role, head, tail):
@@ -184,24 +177,23 @@ def test_bidirectional_mistral_mean_from_the_sentence_on(tmp_path, kind, name, r
     config = transformers.AutoConfig.for_model("mistral", vocab_size=416, **options)
     model, tokenizer = transformers.AutoModelForCausalLM.from_config(config).eval(), build_tokenizer(kind)
     randomise(model)
-    encoder = getattr(load(name, save(tmp_path, model, tokenizer), adapters=()), role)
-    expected = []
+    encoder, expected = getattr(load(name, save(tmp_path, model, tokenizer), adapters=()), role), []
     for text in TEXTS:
         row = tokenizer(head + text + tail, return_offsets_mapping=True)
         first = next(i for i, (_, end) in enumerate(row["offset_mapping"]) if end > len(head))
         hides_nothing = torch.zeros(1, 1, len(row["input_ids"]), len(row["input_ids"]))
-        expected.append(states(model, row["input_ids"], attention_mask=hides_nothing)[first:].mean(0))
+        expected += read(model, [row["input_ids"]], lambda s, _: s[first:].mean(0), attention_mask=hides_nothing)
     ours, expected = encoder.encode(TEXTS), torch.stack(expected)
     assert_same(ours, normalize(expected, dim=1) if name == "gritlm" else expected)
     assert_same(encoder.encode(TEXTS[3]), ours[3], "alone or padded")
     with pytest.raises(ValueError, match="not read at its last token"):
-        encoder.changed(method=TokenPrepending(1, 2))
+        encoder.changed(method=TP)
     with pytest.raises(ValueError, match="needs the method BothSides"):  # else it would attend to padding
         encoder.changed(method=None).encode(TEXTS)
 
 
 def test_bidirectional_mistral_takes_two_adapters_for_a_model_without_head(tmp_path):
-    (first, _), (second, model) = (lora(tmp_path, "mistral", base=True, seed=seed) for seed in (1, 2))
+    (first, _), (second, model) = (lora(tmp_path, "mistral", "base", seed) for seed in (1, 2))
     one, two = (load("llm2vec_mistral_sup", saved(tmp_path, "mistral"), adapters=adapters).query
                 for adapters in ((first,), (first, second)))
     weight = "layers.1.self_attn.q_proj.weight"
@@ -218,7 +210,7 @@ WORDS += [chr(i) for i in range(33, 127) if not chr(i).isupper()] + [f"##{c}" fo
 PIECES = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
 
 
-def bert(folder, kind: str, model_type: str = "bert", **options):
+def bert(folder, kind: str = "BertForMaskedLM", model_type: str = "bert", **options):
     """A tiny model of BERT's kind: its folder and the model."""
     options |= {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = getattr(transformers, kind)(transformers.AutoConfig.for_model(model_type, **options)).eval()
@@ -229,33 +221,30 @@ def bert(folder, kind: str, model_type: str = "bert", **options):
 
 
 @pytest.mark.parametrize("name, role, head", [
-    ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: "),
-])
+    ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: ")])
 def test_mean_over_all_tokens(tmp_path, name, role, head):
-    kind = ("MPNetForMaskedLM", "mpnet") if name == "mpnet" else ("BertForMaskedLM",)
-    folder, model = bert(tmp_path, *kind)
-    encoder = getattr(load(name, folder), role)
+    folder, model = bert(tmp_path, "MPNetForMaskedLM", "mpnet") if name == "mpnet" else bert(tmp_path)
     rows = PIECES([head + text for text in TEXTS])["input_ids"]
-    expected = torch.stack([states(model, row).mean(0) for row in rows])
-    assert_same(encoder.encode(TEXTS), expected if name == "contriever" else normalize(expected, dim=1))
-    half = getattr(load(name, folder, dtype="float16"), role).encode(TEXTS)
+    expected = read(model, rows, lambda states, _: states.mean(0))
+    ours, half = (getattr(load(name, folder, dtype=kind), role).encode(TEXTS) for kind in ("float32", "float16"))
+    assert_same(ours, expected if name == "contriever" else normalize(expected, dim=1))
     assert torch.cosine_similarity(torch.from_numpy(half), expected).min() > 0.9999
 
 
 def test_prompt_bert_reads_the_mask_and_decodes_by_the_head_of_the_masked_language_model(tmp_path):
-    folder, model = bert(tmp_path, "BertForMaskedLM")
+    folder, model = bert(tmp_path)
     embedder = load("prompt_bert", folder)
     texts = ["a bad cab", "this sentence", "this [MASK] is text"]  # a [MASK] in a text is text, as [mask] is
     rows = PIECES([f'This sentence : "{text.lower()}" means [MASK].' for text in texts])["input_ids"]
     embeddings = embedder.query.encode(texts)
-    assert_same(embeddings, torch.stack([states(model, row)[row.index(4)] for row in rows]))
+    assert_same(embeddings, read(model, rows, lambda states, ids: states[ids.index(4)]))
     with torch.inference_mode():
         logits = model(torch.tensor(rows[:1])).logits[0, rows[0].index(4)]
-        assert_same(embedder.decoder.unembedding(torch.from_numpy(embeddings[:1]))[0], logits)
+        assert_same(decode_logits(embedder.decoder, embeddings[:1])[0], logits)
 
 
 def test_bert_pooler_and_dpr_read_the_first_token_by_weights_from_the_checkpoint(tmp_path):
-    (folder, model), (masked, _) = bert(tmp_path, "BertModel"), bert(tmp_path, "BertForMaskedLM")
+    (folder, model), (masked, _) = bert(tmp_path, "BertModel"), bert(tmp_path)
     encoder, rows = load("simcse", folder, masked).query, PIECES(TEXTS)["input_ids"]
     with torch.inference_mode():
         assert_same(encoder.encode(TEXTS), torch.cat([model(torch.tensor([row])).pooler_output for row in rows]))
@@ -264,9 +253,8 @@ def test_bert_pooler_and_dpr_read_the_first_token_by_weights_from_the_checkpoint
     with pytest.raises(UnsupportedModelError, match="lacks 2 weights of BertModel: pooler"):
         load("simcse", masked)
     folder, model = bert(tmp_path, "DPRContextEncoder", "dpr", projection_dim=0)
-    layers = load("spider", folder, masked).query.encode_layers(TEXTS, [1, -1])
-    for layer, embeddings in layers.items():
-        assert_same(embeddings, torch.stack([states(model, row, layer)[0] for row in rows]))
+    for layer, embeddings in load("spider", folder, masked).query.encode_layers(TEXTS, [1, -1]).items():
+        assert_same(embeddings, read(model, rows, lambda states, _: states[0], layer))
     with pytest.raises(UnsupportedModelError, match="lacks .* weights of DPRQuestionEncoder"):  # whose names differ
         load("dpr", folder, masked)
 
@@ -275,4 +263,4 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     (tmp_path / "own.py").write_text("raise SystemExit('the code of the model was run')\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load("contriever", tmp_path, bert(tmp_path, "BertForMaskedLM")[0])
+        load("contriever", tmp_path, bert(tmp_path)[0])

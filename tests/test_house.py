@@ -9,10 +9,9 @@ import pytest
 
 from lib.core.store import ROOT
 
-# The rooms from the ground floor up, and how many lines each may have. The design asks for 1900, 700, 900, 800, 1300 and
-# 350, 6000 for all of them, and 6000 for the tests. Where a limit here is higher, that is not reached yet.
-ROOMS = {"core": 2340, "data": 680, "evaluation": 840, "report": 1050, "studies": 1815, "run": 460}
-LIB, TESTS = 7200, 7610
+# The rooms from the ground floor up, how many lines each may have, all of them together, the tests, and a line's width.
+ROOMS = {"core": 1900, "data": 700, "evaluation": 900, "report": 800, "studies": 1300, "run": 350}
+LIB, TESTS, WIDTH = 6000, 6000, 120
 FILES = sorted((ROOT / "lib").rglob("*.py"))
 CODE = [p for folder in ("lib", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -49,7 +48,7 @@ def test_files_and_lines_are_short():
     assert {p.parent.name for p in FILES} == {*ROOMS, "lib"}, "a file of lib lies in a room"
     long = {str(p.relative_to(ROOT)): len(lines(p)) for p in FILES if len(lines(p)) > 300}
     assert not long and sum(len(lines(p)) for p in FILES) <= LIB
-    wide = {f"{p.relative_to(ROOT)}:{n}" for p in CODE for n, line in enumerate(lines(p), 1) if len(line) > 128 and "tests" not in p.parts}
+    wide = {f"{p.relative_to(ROOT)}:{n}" for p in CODE for n, line in enumerate(lines(p), 1) if len(line) > WIDTH}
     assert not wide
     assert sum(len(lines(p)) for p in (ROOT / "tests").rglob("*.py")) <= TESTS
 

@@ -1,25 +1,31 @@
-"""`lib.studies.key_tokens`, and the postprocesses that it uses, on small cases with known answers."""
+"""`lib.studies.key_tokens` with its postprocesses, and `lib.studies.concepts`: small cases with known answers."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.metrics import roc_auc_score
 from tiny_models import tiny_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import ComponentRemoved, ComponentShifted, MeanRemoved, principal_components
+from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import EvaluationData
+from lib.data.texts import load_minimal_pairs
 from lib.evaluation.alignment import alignment_metrics, alignment_scores, decode_logits, embedding_ranks
 from lib.evaluation.sts import cosine, spearman
-from lib.evaluation.vocabulary import CONTENT_RULE
-from lib.studies import key_tokens
+from lib.evaluation.vocabulary import CONTENT_RULE, DEFAULT_RULE, token_classes
+from lib.studies import concepts, key_tokens
+from lib.studies.concepts import INSTRUCTIONS, QUESTIONS, TASKS, WORDS
 from lib.studies.key_tokens import CONTENT, MERGED, STUDIED, Spectrum
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+NO, KINDS = "no instruction", list(QUESTIONS["related: all of them above topic shift"])
 TEXTS = ["A dog runs home.", "The cat sleeps.", "Rain fell all day.", "A dog sleeps."]
 
 
@@ -33,20 +39,19 @@ def backbone():
     return tiny_backbone("llama")
 
 
-@pytest.fixture(scope="module")
 def spelled():
     """A backbone whose logits are its states, one for each of 60 words; `<s>` is a token that does not count."""
     core = Tokenizer(models.WordLevel({f"word{i}": i for i in range(60)} | {"<s>": 60}, unk_token="<s>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     linear = torch.nn.Linear(61, 61, bias=False).requires_grad_(False)
     linear.weight.data = torch.eye(61)
-    return SimpleNamespace(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>"), unembedding=linear,
-        final_norm=None, num_layers=2, name="spelled", dtype=torch.float32, layer_index=lambda n: n % 3)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>")
+    return SimpleNamespace(tokenizer=tokenizer, unembedding=linear, final_norm=None, num_layers=2, name="spelled",
+                           dtype=torch.float32, layer_index=lambda n: n % 3)
 
 
-def speller(spelled, angles, found):
-    """An encoder of given texts: their highest tokens are `found`, their cosines those of `angles` in degrees."""
+def speller(angles, found):
+    """An encoder of given texts: their highest tokens are those `found`, their cosines those of `angles` in degrees."""
     def encode_layers(texts, layers):
         states = np.zeros((len(texts), 61), np.float32)
         for state, text in zip(states, texts):
@@ -54,54 +59,49 @@ def speller(spelled, angles, found):
             state[found[text]] = 0.01
         return dict.fromkeys(layers, states)
 
-    return SimpleNamespace(backbone=spelled, exit_layer=2, encode_layers=encode_layers)
+    return SimpleNamespace(encode_layers=encode_layers)
 
 
-def test_gains_by_hand(spelled):
+def test_gains_by_hand():
     first, second, third, fourth, empty = "word0 word1", "word2 word3", "word4 word5", "word6 word7", "<s>"
     nothing = dict.fromkeys([first, second, third, fourth, empty], [40, 41])
     some = nothing | {first: [0, 1], second: [2, 40], fourth: [41, 7]}  # LAR 1, 1/2, 0 and 1/2
     angles = {first: 45, second: 55, third: 75, fourth: 15, empty: 45}
-    encoders = {"baseline": speller(spelled, angles, nothing),
-                "TP": speller(spelled, angles | {second: 75, third: 85, fourth: 25}, some)}
-    data = pairs_of([first, second, first], [second, third, fourth], [1.0, 2.0, 3.0])
-    found = key_tokens.gain_relation(encoders, spelled, data, [2], draws=200)
-    # LAR gains of the pairs: 3/4, 1/4, 3/4. Distances of the ranks from gold: 2, 0, 2 before and 0, 1, 1 after, of 3.
+    later = angles | {second: 75, third: 85, fourth: 25}
+    data = pairs_of([first, second, first, first], [second, third, fourth, empty], [1.0, 2.0, 3.0, 3.0])
+    encoders = {"baseline": speller(angles, nothing), "TP": speller(later, some)}
+    found = key_tokens.gain_relation(encoders, spelled(), data, [2], draws=200)
+    # LAR gains of the pairs: 3/4, 1/4, 3/4. The fourth has a text without tokens, so it does not count among the gains.
+    # Distances of the ranks from gold, of 4: 2, 0, 2.5 before and 0, 1, 1.5 after.
     assert found[["variant", "layer"]].to_numpy().tolist() == [["TP", 2]]
     assert found["gain in LAR"][0] == pytest.approx(1.75 / 3)
-    assert found["gain in STS"][0] == pytest.approx(100 / 3 * 2 / 3)
+    assert found["gain in STS"][0] == pytest.approx(100 / 4 * 2 / 3)
     assert found["spearman"][0] == pytest.approx(100 * np.sqrt(3) / 2)  # ranks 2.5, 1, 2.5 and 3, 1, 2
     assert found["low"][0] <= found["spearman"][0] <= found["high"][0]
-    data = pairs_of([first, second, first, first], [second, third, fourth, empty], [1.0, 2.0, 3.0, 3.0])
-    without = key_tokens.gain_relation(encoders, spelled, data, [2], draws=20)  # a pair with a text without tokens does not count
-    assert without["gain in LAR"][0] == pytest.approx(1.75 / 3)
 
 
 def test_scores_by_rule_and_layer(backbone):
     encoder = SentenceEncoder(backbone, "prompteol")
-    table = key_tokens.key_token_scores({"a": encoder, "b": encoder}, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
+    encoders = {"a": encoder, "b": encoder}
+    table = key_tokens.key_token_scores(encoders, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
     assert list(zip(table["rule"], table["layer"]))[::10] == [(MERGED, 2), (MERGED, 4), (CONTENT, 2), (CONTENT, 4)]
     assert (table["difference"] == 0).all()
     ranks = embedding_ranks(backbone, encoder.encode_layers(TEXTS, [2])[2], 2, TEXTS, CONTENT_RULE)
     expected = alignment_scores({"a": ranks}, (10,), draws=0)
-    part = table[20:25]
-    assert part["value"].tolist() == expected["value"].tolist()
-    assert part["metric"].tolist() == [f"{metric}, content words" for metric in expected["metric"]]
+    assert table["value"][20:25].tolist() == expected["value"].tolist()
+    assert table["metric"][20:25].tolist() == [f"{metric}, content words" for metric in expected["metric"]]
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_components_equal_numpys(centred):
+def test_components_equal_numpys_and_embeddings_are_changed_along_them():
     embeddings = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 2
-    components, values = principal_components(embeddings, centre=centred)
-    shifted = embeddings.astype(np.float64) - (embeddings.astype(np.float64).mean(axis=0) if centred else 0)
-    _, expected_values, expected = np.linalg.svd(shifted, full_matrices=False)
-    np.testing.assert_allclose(values, expected_values)
-    np.testing.assert_allclose(np.abs(np.sum(components * expected, axis=1)), 1)
-    assert (components @ embeddings.mean(axis=0) > 0).all()
-    np.testing.assert_allclose(principal_components(-embeddings, centre=centred)[0], -components, atol=1e-9)
-
-
-def test_changing_embeddings_along_components():
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    for centred in (False, True):
+        components, values = principal_components(embeddings, centre=centred)
+        _, expected_values, expected = np.linalg.svd(embeddings - centred * mean, full_matrices=False)
+        np.testing.assert_allclose(values, expected_values)
+        np.testing.assert_allclose(np.abs(np.sum(components * expected, axis=1)), 1)
+        assert (components @ mean > 0).all()
+        np.testing.assert_allclose(principal_components(-embeddings, centre=centred)[0], -components, atol=1e-9)
     embeddings, along = np.array([[3.0, 1.0], [5.0, -1.0]], np.float32), np.array([0.6, 0.8])
     np.testing.assert_allclose(ComponentShifted(along, -5)(embeddings), [[0, -3], [2, -5]], atol=1e-6)
     np.testing.assert_allclose(ComponentRemoved(along)(embeddings) @ along, 0, atol=1e-6)
@@ -111,23 +111,23 @@ def test_changing_embeddings_along_components():
 
 
 def test_variation_by_hand():
-    backbone = np.array([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]], np.float32)
-    embedder = np.array([[1.0, 1.0, 2.0], [-1.0, 1.0, -2.0]], np.float32)
-    table = key_tokens.component_variation(backbone, embedder, np.eye(3)[:2])
-    # Changes (-1, 1, 2) and (-5, 1, -2), mean (-3, 1, 0): squared norms 6 and 30, of the mean 10.
-    assert table["component"].tolist() == [1, 2]
-    np.testing.assert_allclose(table[["variation", "deviation"]], [[-3, 2], [1, 0]])
-    np.testing.assert_allclose(table[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
+    backbone = np.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], np.float32)  # its components are the first two axes
+    embedder = backbone + np.array([[-1.0, 1.0, 2.0], [-5.0, 1.0, -2.0]], np.float32)
+    spectrum = Spectrum.between(backbone, embedder)
+    # The mean change is (-3, 1, 0). Squared norms: of the changes 6 and 30, of the mean one 10.
+    assert spectrum.variation["component"].tolist() == [1, 2] and spectrum.v1 == -3
+    np.testing.assert_allclose(spectrum.variation[["variation", "deviation"]], [[-3, 2], [1, 0]], atol=1e-12)
+    np.testing.assert_allclose(spectrum.variation[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
+    assert spectrum.first.tolist() == [1, 0, 0] and spectrum.mean.tolist() == [1, 0.5, 0]
+    assert spectrum.shift(0.5)(backbone).tolist() == [[0.5, 0, 0], [-1.5, 1, 0]]
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
-        key_tokens.component_variation(backbone, embedder[:1], np.eye(3))
+        Spectrum.between(backbone, embedder[:1])
 
 
-def test_an_embedder_that_only_moves_the_first_component_is_found_out():
+def test_an_embedder_that_only_moves_the_first_component_is_found_out_without_centring():
     states = np.random.default_rng(0).normal(size=(60, 5)) + 4
     target = states - 2.5 * principal_components(states)[0][0]
-    spectrum = Spectrum.between(states, target)
-    np.testing.assert_allclose(spectrum.variation["variation"], [-2.5, 0, 0, 0, 0], atol=1e-9)
-    np.testing.assert_allclose(spectrum.shift()(states), target, atol=1e-5)
+    np.testing.assert_allclose(Spectrum.between(states, target).shift()(states), target, atol=1e-5)
     table = key_tokens.spectrum_stability({"m": states}, target, (20, 60, 500))
     assert table["N"].tolist() == [20, 60, 20, 60] and table["centred"].tolist() == [False, False, True, True]
     whole = table[(table["N"] == 60) & ~table["centred"]].iloc[0]
@@ -137,46 +137,135 @@ def test_an_embedder_that_only_moves_the_first_component_is_found_out():
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_contributions_add_up(family):
-    backbone, generator = tiny_backbone(family), np.random.default_rng(2)
-    state = generator.normal(size=32).astype(np.float32)
-    component = np.eye(32)[3]
+    backbone, component = tiny_backbone(family), np.eye(32)[3]
+    state = np.random.default_rng(2).normal(size=32).astype(np.float32)
     table = key_tokens.contributions(backbone, state, component, k=5)
-    along, bias = decode_logits(backbone, np.stack([(state @ component) * component, 0 * state]).astype(np.float32))
-    assert np.any(bias) == (family == "phi")
-    np.testing.assert_allclose(table["along"], (along - bias)[table["id"]], atol=1e-5)
-    whole = decode_logits(backbone, state[None])[0, table["id"]]
+    parts = np.stack([(state @ component) * component, 0 * state, state]).astype(np.float32)
+    along, bias, whole = decode_logits(backbone, parts)[:, table["id"]]
+    assert np.any(bias) == (family == "phi") and table["logit"].is_monotonic_decreasing
+    np.testing.assert_allclose(table["along"], along - bias, atol=1e-5)
     np.testing.assert_allclose(table["along"] + table["rest"], whole, atol=1e-5)
-    assert table["logit"].is_monotonic_decreasing
     with pytest.raises(ValueError, match="not linear"):
         key_tokens.contributions(SimpleNamespace(unembedding=torch.nn.Sequential(), name="masked"), state, component)
 
 
-@pytest.fixture(scope="module")
-def study(backbone):
-    """An encoder, its spectrum on other texts, with a target that lies nearer to the origin."""
+def test_shifts_and_adjustments_change_alignment_and_sts(backbone):
+    """The spectrum is one of other texts, with a target that lies nearer to the origin."""
     encoder = SentenceEncoder(backbone, "prompteol")
     states = encoder.encode([f"{text} {i}" for i, text in enumerate(TEXTS * 4)])
-    return {"m": encoder}, {"m": Spectrum.between(states, 0.5 * states)}
+    spectrum, own = Spectrum.between(states, 0.5 * states), encoder.encode(TEXTS)
 
+    def mean_lar(embeddings):
+        return alignment_metrics(embedding_ranks(backbone, embeddings, -1, TEXTS), (10,))["LAR"].mean()
 
-def test_shifting_by_nothing_changes_nothing_and_by_much_all(backbone, study):
-    table = key_tokens.shift_study(*study, backbone, TEXTS, [0.0, 200.0], draws=20)
+    table = key_tokens.shift_study({"m": encoder}, {"m": spectrum}, backbone, TEXTS, [0.0, 200.0], draws=20)
     assert table["method"].unique() == ["m"] and set(table["metric"]) == set(STUDIED)
     at = table[table["metric"] == "LAR"].set_index("amount")["value"]
-    first = np.tile(-study[1]["m"].first, (4, 1)).astype(np.float32)  # so far out, all texts have the ranking of -u_1
-    for amount, states in {0.0: study[0]["m"].encode(TEXTS), 200.0: first}.items():
-        rates = alignment_metrics(embedding_ranks(backbone, states, -1, TEXTS), (10,))["LAR"]
-        assert at[amount] == pytest.approx(rates.mean())
-
-
-def test_adjustments_are_measured_against_none(backbone, study):
+    far = np.tile(-spectrum.first, (4, 1)).astype(np.float32)  # so far out, all texts have the ranking of -u_1
+    assert at[[0, 200]].tolist() == pytest.approx([mean_lar(own), mean_lar(far)])
     data = pairs_of(TEXTS[:3], TEXTS[1:], [1.0, 3.0, 2.0])
-    table = key_tokens.adjustments(*study, backbone, data, draws=20).set_index("adjustment")
+    table = key_tokens.adjustments({"m": encoder}, {"m": spectrum}, backbone, data, draws=20).set_index("adjustment")
     assert list(table.index) == ["none", "shifted by v_1", "mean subtracted", "first component removed"]
     assert (table.loc["none", ["difference", "difference_low", "difference_high"]] == 0).all()
-    states = MeanRemoved(study[1]["m"].mean)(study[0]["m"].encode(TEXTS))
-    expected, centred = spearman(data["score"], cosine(states[:3], states[1:])), table.loc["mean subtracted"]
+    centred, moved = table.loc["mean subtracted"], MeanRemoved(spectrum.mean)(own)
+    expected = spearman(data["score"], cosine(moved[:3], moved[1:]))
     assert centred["STS"] == pytest.approx(expected)
     assert centred["difference"] == pytest.approx(expected - table.loc["none", "STS"])
-    rates = alignment_metrics(embedding_ranks(backbone, states, -1, TEXTS), (10,))["LAR"]
-    assert centred["LAR"] == pytest.approx(rates.mean())
+    assert centred["LAR"] == pytest.approx(mean_lar(moved))
+
+
+def test_overlap_against_sets_and_beside_cosine(backbone):
+    first, second = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+    found = concepts.token_overlap(backbone, first, second, -1, k=7)
+    logits = decode_logits(backbone, np.concatenate([first, second]))
+    classes = token_classes(backbone.tokenizer, logits.shape[1], DEFAULT_RULE)
+    merged = np.stack([np.max(logits[:, classes == c], axis=1) for c in np.unique(classes[classes >= 0])], axis=1)
+    top = np.argsort(-(merged - merged.mean(axis=0)), axis=1)[:, :7]
+    assert found.tolist() == pytest.approx([len({*a} & {*b}) / 7 for a, b in zip(top[:5], top[5:])])
+    data = {"d": pairs_of(["A dog.", "It rains.", "Go."], ["A dog.", "A cat.", "Hm."], [5, 0, 3])}
+    table = concepts.pair_similarities({"m": SentenceEncoder(backbone, "prompteol")}, backbone, data, k=5)
+    assert table["gold"].tolist() == [5, 0, 3] and table["item"].tolist() == [0, 1, 2]
+    assert table.loc[0, ["cosine", "overlap", "both"]].tolist() == pytest.approx([1, 1, 6])  # twice the third rank
+
+
+def test_scores_and_gaps_of_cosine_overlap_and_both():
+    gold, other = np.arange(6.0), np.array([0, 1, 2, 3, 5, 4.0])
+    whole = pd.concat([
+        pd.DataFrame({"task": "similar", "gold": gold, "cosine": gold[::-1], "overlap": other}),
+        pd.DataFrame({"task": "related", "gold": gold, "cosine": other, "overlap": gold}),
+    ]).assign(method="m").rename_axis("item").reset_index()
+    whole["both"] = whole["cosine"] + whole["overlap"]
+    table = concepts.similarity_scores(whole, draws=50)
+    assert table["measure"].tolist() == ["cosine", "overlap", "both"] * 2 and table["task"][3] == "related"
+    near = spearman(gold, other)
+    assert table["value"][[0, 1, 3, 4]].tolist() == pytest.approx([-100, near, near, 100])
+    assert table["difference"][[0, 1, 3, 4]].tolist() == pytest.approx([0, near + 100, 0, 100 - near])
+    gaps = concepts.similarity_gaps(whole, draws=50).set_index("measure")
+    assert (gaps["gap to"] == "related").all()
+    assert gaps["value"][["cosine", "overlap"]].tolist() == pytest.approx([-100 - near, near - 100])
+    assert gaps["difference"]["overlap"] == pytest.approx(2 * near)
+    assert (gaps["low"] <= gaps["value"]).all() and (gaps["value"] <= gaps["high"]).all()
+
+
+def test_what_pairs_share_and_what_changes(backbone, monkeypatch):
+    rows = [("antonym", "dog cat", "dog bird"), ("role swap", "dog cat", "cat dog")]
+    pairs = pd.DataFrame(rows, columns=["kind", "sentence1", "sentence2"])
+    study = partial(concepts.minimal_pairs, {"m": SentenceEncoder(backbone, "prompteol")}, backbone, pairs, k=5)
+    table = study()
+    assert np.isnan(table["changed"][1]) and 0 <= table["shared"][1] <= 1 and 0 <= table["changed"][0] <= 1
+    monkeypatch.setattr(concepts, "HIGHEST", 300)  # deep enough, every token is found
+    whole = study()
+    assert whole["changed"][0] == 1 and whole["shared"].tolist() == [1, 1]
+
+
+def test_separation_is_the_area_under_the_curve():
+    kinds, (similar, related) = np.repeat(KINDS, 4), QUESTIONS
+    cosines = np.random.default_rng(0).integers(0, 9, 20)
+    found = pd.DataFrame({"kind": kinds, "method": "m", "cosine": cosines, "overlap": np.arange(20)})
+    table = concepts.separation(found, draws=100).set_index(["task", "measure"])
+    about = kinds != "topic shift"
+    areas = roc_auc_score(kinds[about] == "paraphrase", cosines[about]), roc_auc_score(about, cosines)
+    assert table["value"][[(similar, "cosine"), (related, "cosine")]].tolist() == pytest.approx(areas)
+    assert table["value"][related, "overlap"] == 0 and len(table) == 4
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+
+
+def test_the_data_fits_together():
+    assert load_minimal_pairs()["kind"].unique().tolist() == KINDS
+    for task in TASKS.values():
+        assert task["aspect"] in INSTRUCTIONS and set(task["classes"]) <= set(WORDS)
+    words = [word for name in WORDS for word in WORDS[name]]
+    assert len(words) == len(set(words))
+    assert {prompt.templates[0].partition("{sentence}")[0] for prompt in INSTRUCTIONS.values()} == {'This sentence : "'}
+
+
+def test_class_scores_by_hand():
+    states, words = np.zeros((2, 61), np.float32), spelled()
+    states[:, :4] = [[4, 2, 1, 9], [0, 2, 3, 9]]
+    words.tokenizer = lambda text, **_: {"input_ids": {"good": [0], " good": [1], "bad": [2]}.get(text, [3, 3])}
+    assert concepts.class_scores(words, states, 2, ["negative", "positive"]).tolist() == [[1, 3], [3, 1]]
+    with pytest.raises(ValueError, match="None of the words of 'number'"):
+        concepts.class_scores(words, states, 2, ["number"])
+
+
+def test_answers_under_all_instructions(backbone):
+    texts = [f"It was {word} on day {i}." for i in range(10) for word in ("awful", "wonderful")]
+    data = {"CR": EvaluationData("CR", Dataset.from_dict({"sentence1": texts, "label": [0, 1] * 10}), {})}
+    words = {"negative": ["a", "b"], "positive": ["c", "d"]}
+    answers = {}
+    for variant, method in {"baseline": None, "TP": TokenPrepending(1, 2)}.items():
+        encoders = {aspect: SentenceEncoder(backbone, prompt, method) for aspect, prompt in INSTRUCTIONS.items()}
+        answers[variant] = concepts.instruction_answers(encoders, data, words)
+    table = answers["baseline"].set_index(["measure", "instruction", "item"])["found"].sort_index()
+    states = SentenceEncoder(backbone, "prompteol").encode(texts)
+    scores = concepts.class_scores(backbone, states, -1, list(words), words)
+    right = 100.0 * (scores.argmax(axis=1) == np.array([0, 1] * 10))
+    assert table["zero-shot", NO].tolist() == right.tolist()
+    assert set(table["zero-shot", "wrong"]) <= {0, 100 / 3, 200 / 3, 100}  # the mean over three instructions
+    assert table["linear", "fitting"].mean() > 80  # the two words tell the classes apart
+    whole = pd.concat(answers, names=["variant"]).reset_index("variant")
+    accuracy = concepts.instruction_accuracy(whole, 20).set_index(["measure", "instruction", "variant"])["value"]
+    assert accuracy["zero-shot", NO, "baseline"] == pytest.approx(right.mean()) and len(accuracy) == 18
+    effects = concepts.instruction_effects(whole, draws=20).set_index(["measure", "effect"])["difference"]
+    gain = accuracy["calibrated", NO, "TP"] - accuracy["calibrated", NO, "baseline"]
+    assert effects["calibrated", "TP, with no instruction"] == pytest.approx(gain) and len(effects) == 12

@@ -1,29 +1,33 @@
-"""The search for settings, the rows of the ablation, and how effects of TP are put beside each other."""
+"""The search for settings, the rows of the ablation, what tokens know of what comes after them, and effects of TP."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from tiny_models import LAYERS, tiny_backbone
+from scipy.stats import spearmanr
+from test_hardware import in_float16, with_large_activations
+from tiny_models import LAYERS, SPARE_TOKEN, hook_ids, loop_states, official_ids, tiny_backbone
 
 from lib.core import processes
 from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PROMPTS
+from lib.core.prompts import PROMPTS, SENTENCE
 from lib.core.store import EmbeddingStore
 from lib.core.token_prepending import TokenPrepending
+from lib.core.variants import closing_tokens
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
 from lib.evaluation.intervals import compare, mean_of
 from lib.evaluation.sts import spearman, sts_pairs
-from lib.report import settings
+from lib.report import results, settings
 from lib.studies import effects, layers
+from lib.studies.layers import attention_to_placeholder, by_sentence, context_dependency
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
+SENTENCES = ["The plane takes off.", "Three children, who are cold, run across the snowy field.", "No."]
 
 
 @pytest.fixture
@@ -32,13 +36,17 @@ def folders(monkeypatch, tmp_path, no_data):
     monkeypatch.setattr(settings, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(settings, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(layers, "FIRST_PAIRS", 12)
-    store = EmbeddingStore(tmp_path / "store")
-    return SimpleNamespace(configs=tmp_path / "configs", runs=tmp_path / "runs", store=store)
+    return SimpleNamespace(configs=settings.FOLDER, runs=settings.RUNS, store=EmbeddingStore(tmp_path / "store"))
 
 
-def test_scores_of_spans_are_those_of_ordinary_encoders(no_data):
+def test_scores_of_spans_are_those_of_ordinary_encoders_and_are_stored(no_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     backbone, data = tiny_backbone(), load_sts("sample", "dev").first(10)
-    table = layers.score_spans(backbone, "ck", [(1, 2), (1, 3)], data, [2, -1])
+    compute = partial(layers.score_spans, backbone, "ck", [(1, 2), (1, 3)], data, [2, -1])
+    first, second = (results.run_or_load("grid", {"data": data.provenance}, compute) for _ in range(2))
+    assert not first.reused and second.reused
+    table = first.value
+    pd.testing.assert_frame_equal(table, second.value)
     assert len(table) == 3 * 2 and set(table["exit_layer"]) == {2, LAYERS} and (table["pairs"] == 10).all()
     for row in table.itertuples():
         method = TokenPrepending(row.start, row.end) if row.end > 0 else None
@@ -49,53 +57,41 @@ def test_scores_of_spans_are_those_of_ordinary_encoders(no_data):
     assert table.loc[table["end"] > 0, "difference"].abs().max() > 0.1
 
 
-def test_settings_of_sample_data_stay_under_runs_and_keep_those_of_other_prompts(folders):
-    backbone = tiny_backbone()
+def test_settings_of_sample_data_stay_under_runs_and_those_of_real_data_go_to_configs(folders, monkeypatch):
+    backbone, data = tiny_backbone(), load_sts("sample", "dev")
     path = layers.choose(backbone, ["prompteol"], 16, folders.store, "try")
     assert layers.choose(backbone, ["metaeol"], 16, folders.store, "try") == path
     assert path.parent == folders.runs / "try" / "settings" and not folders.configs.exists()
-    chosen = settings.load_settings(backbone.name, sample=True, profile="try")
-    assert list(chosen) == ["prompteol", "metaeol"]
-    written = yaml.safe_load(path.read_text())
-    assert "sample" in written["chosen_by"] and written["prompts"]["prompteol"]["dev_pairs"] == 16
+    assert list(settings.load_settings(backbone.name, sample=True, profile="try")) == ["prompteol", "metaeol"]
+    before, written = path.read_text(), yaml.safe_load(path.read_text())
+    line = written["prompts"]["prompteol"]
+    assert "sample" in written["chosen_by"] and line["dev_pairs"] == 16
     assert written["prompts"]["metaeol"]["dev_pairs"] == 12  # eight templates: the coarse search
-    # A run on real data does not see them.
-    with pytest.raises(FileNotFoundError):
-        settings.load_settings(backbone.name)
-
-
-def test_settings_of_real_data_go_to_configs(folders, monkeypatch):
-    source = dataclasses.replace(find_source(), kind="downloads")
-    data = load_sts("sample", "dev")
-    monkeypatch.setattr(layers, "find_source", lambda: source)
-    monkeypatch.setattr(layers, "load_sts", lambda task, split: data)
-    path = layers.choose(tiny_backbone(), ["prompteol"], 12, folders.store)
-    assert path.parent == folders.configs and not folders.runs.exists()
-
-
-def test_the_winner_has_the_best_score_and_records_those_of_the_encoder(folders):
-    backbone, data = tiny_backbone(), load_sts("sample", "dev")
+    # The winner has the best score of the search, and what is recorded is what the encoder scores.
     scores = layers.search(backbone, "prompteol", data, 16, folders.store)
-    line = layers.choose_prompt(backbone, "prompteol", data, 16, folders.store)
     assert line["dev_tp"] == round(scores.loc[scores["end"] > 0, "value"].max(), 2)
     assert line["dev_baseline_best"] == round(scores.loc[scores["end"] < 0, "value"].max(), 2)
     alone = layers.score_spans(backbone, "prompteol", [(line["start"], line["end"])], data.first(16), [line["exit"]])
     assert alone["value"].round(2).tolist() == [line["dev_baseline_same_exit"], line["dev_tp"]]
+    with pytest.raises(FileNotFoundError):  # a run on real data does not see them
+        settings.load_settings(backbone.name)
+    source = dataclasses.replace(find_source(), kind="downloads")
+    monkeypatch.setattr(layers, "find_source", lambda: source)
+    monkeypatch.setattr(layers, "load_sts", lambda task, split: data)
+    assert layers.choose(backbone, ["prompteol"], 12, folders.store).parent == folders.configs
+    assert [*folders.runs.rglob("*.yaml")] == [path] and path.read_text() == before
 
 
-def test_too_few_pairs_and_scores_that_are_no_numbers_choose_nothing(folders):
-    with pytest.raises(ValueError, match="3 pairs"):
-        layers.choose(tiny_backbone(), ["prompteol"], 2, folders.store)
-    rows = pd.DataFrame({"start": [1, 1], "end": [2, 3], "exit_layer": [4, 4], "value": [np.nan, 10.0]})
-    assert layers.best(rows)["end"] == 3
-    with pytest.raises(ValueError, match="No setting"):
-        layers.best(rows[:1])
-    assert not folders.runs.exists()
-
-
-def test_among_equal_scores_the_cheapest_setting_wins():
+def test_the_best_row_has_a_score_and_among_equals_the_fewest_blocks(folders):
     rows = pd.DataFrame({"start": [1, 1, 0, 1], "end": [3, 2, 2, 2], "exit_layer": [3, 3, 3, 4], "value": [50.0] * 4})
     assert layers.best(rows)[["start", "end", "exit_layer"]].tolist() == [0, 2, 3]
+    rows["value"] = [10.0, np.nan, np.nan, 5.0]
+    assert layers.best(rows)["end"] == 3
+    with pytest.raises(ValueError, match="No setting"):
+        layers.best(rows[1:3])
+    with pytest.raises(ValueError, match="3 pairs"):
+        layers.choose(tiny_backbone(), ["prompteol"], 2, folders.store)
+    assert not folders.runs.exists()
 
 
 def test_other_processes_wait_for_the_main_one_to_write(folders, monkeypatch):
@@ -114,45 +110,74 @@ def test_every_row_of_the_ablation_runs_and_changes_one_thing(name):
     backbone, tp = tiny_backbone(), TokenPrepending(1, 2)
     rows = layers.ablations(backbone, PROMPTS[name], tp, seeds=[3407, 1])
     assert [row.label for row in rows[:2]] == ["TP", "baseline"] and rows[1].method is None
-    labels = [(row.family, row.label) for row in rows]
-    assert len(set(labels)) == len(labels)
-    assert {"place", "initial vector", "number of placeholders", "what is written", "hidden", "textual role",
-            "attention both ways, no TP"} <= {row.family for row in rows}
-    assert any(row.paper == "place=before_this_sentence" for row in rows) == (name != "prompteol")
+    found = {(row.family, row.label): row for row in rows}
+    assert len(found) == len(rows) and len({row.family for row in rows}) == 9
+    assert (("place", 'before "this sentence"') in found) == (name != "prompteol")
     for row in rows:
         assert np.isfinite(SentenceEncoder(backbone, row.prompt, row.method).encode(["A cat."])).all(), row
         if row.family in ("place", "initial vector") and row.prompt is PROMPTS[name]:
             changed = [k for k, v in dataclasses.asdict(row.method).items() if v != dataclasses.asdict(tp)[k]]
             assert len(changed) == 1, row
+        if row.family == "textual role":
+            with pytest.raises(ValueError, match="holds a placeholder"):  # which needs a method that uses it
+                SentenceEncoder(backbone, row.prompt)
+    if name == "prompteol":  # the paper has changes of its score for some of the rows
+        assert found["main", "TP"].paper == 0 and np.isnan(found["main", "baseline"].paper)
+        assert found["place", "start of the prompt"].paper < 0 and np.isnan(found["what is written", "nothing"].paper)
+    labels = {row.label for row in layers.ablations(backbone, PROMPTS[name], TokenPrepending(0, 2), [])}
+    assert not {"state one block older", "before the span"} & labels and "after the span" in labels
 
 
-def test_a_prompt_that_holds_a_placeholder_needs_a_method():
+@pytest.mark.parametrize("method", [None, TokenPrepending(1, 3)])
+def test_context_dependency_is_a_rank_correlation_with_the_last_state(method):
+    backbone, sentence, prompt = tiny_backbone(), "The plane takes off .", PROMPTS["prompteol"]
+    table = context_dependency(SentenceEncoder(backbone, prompt, method, exit_layer=3), [sentence])
+    template = method.templates(prompt)[0] if method else prompt.templates[0]
+    ids = official_ids(backbone.tokenizer, template.replace(SENTENCE, prompt.prepare(sentence)))
+    writes = [(1, 3, [ids.index(SPARE_TOKEN)])] if method else []
+    states = loop_states(backbone, ids, writes, TokenPrepending().initial_vector(backbone))[3].numpy()
+    end = len(ids) - closing_tokens(backbone, prompt)
+    expected = [100 * spearmanr(states[i], states[-1]).statistic for i in range(end - len(table), end)]
+    np.testing.assert_allclose(table["correlation"], expected, atol=1e-3)
+    text = backbone.tokenizer.decode(ids[end - len(table) : end])
+    assert "plane takes off" in text and "sentence" not in text and "means" not in text
+
+
+def test_attention_to_the_placeholder_is_that_of_the_model():
+    backbone, encoder = tiny_backbone(), SentenceEncoder(tiny_backbone(), "prompteol", TokenPrepending(1, 3))
+    attention_to_placeholder(encoder, SENTENCES[:1])  # the first time, Transformers puts hooks of its own on the model
+    before, hooks = backbone.model.config._attn_implementation, hook_ids(backbone.model)
+    table = attention_to_placeholder(encoder, SENTENCES)
+    assert backbone.model.config._attn_implementation == before and hook_ids(backbone.model) == hooks
+    assert set(table["block"]) == set(range(LAYERS)) and set(table["sentence"]) == {0, 1, 2}
+    assert table["share"].between(0, 1).all() and table["share"].std() > 0
+    # A block before the first write sees the placeholder's own vector, whatever is written later.
+    later = attention_to_placeholder(encoder.changed(method=TokenPrepending(2, 3)), SENTENCES)
+    same = np.isclose(table["share"], later["share"], rtol=1e-4)
+    assert same[table["block"] == 0].all() and not same[table["block"] == 2].all()
+
+
+def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
+    """A pass outside `safe_float16` overflows in this model: its attention and its states are not numbers."""
+    large, method = with_large_activations("llama"), TokenPrepending(1, 3)
+    for study, column, apart in ((context_dependency, "correlation", 2), (attention_to_placeholder, "share", 0.02)):
+        exact, half = (study(SentenceEncoder(b, "prompteol", method), SENTENCES) for b in (large, in_float16(large)))
+        np.testing.assert_allclose(half[column], exact[column], atol=apart)
+        infinite = TokenPrepending(1, 3, init=(float("inf"),) * large.hidden_size)
+        with pytest.raises(FloatingPointError):
+            study(SentenceEncoder(large, "prompteol", infinite), SENTENCES)
+
+
+def test_means_over_sentences_can_be_compared():
     backbone = tiny_backbone()
-    rows = layers.ablations(backbone, PROMPTS["prompteol"], TokenPrepending(1, 2), [])
-    role = next(row for row in rows if row.family == "textual role")
-    with pytest.raises(ValueError, match="holds a placeholder"):
-        SentenceEncoder(backbone, role.prompt)
-
-
-def test_published_changes_stand_beside_the_rows_that_have_one():
-    rows = layers.ablations(tiny_backbone(), PROMPTS["prompteol"], TokenPrepending(1, 2), [])
-    found = {(row.family, row.label): value for row, value in zip(rows, layers.published_changes("prompteol", rows))}
-    assert found["main", "TP"] == 0 and np.isnan(found["main", "baseline"])
-    assert found["place", "start of the prompt"] < 0 and np.isnan(found["what is written", "nothing"])
-
-
-def test_scores_by_layer_hold_every_layer_with_its_interval():
-    generator = np.random.default_rng(0)
-    gold = generator.uniform(0, 5, 80)
-    pairs = pd.concat(
-        pd.DataFrame({"task": "dev", "item": range(80), "gold": gold, "layer": layer,
-                      "similarity": gold + noise * generator.normal(size=80)})
-        for layer, noise in ((3, 1.0), (4, 9.0))
-    )
-    table = layers.scores_by_layer(pairs, draws=300)
-    assert table["exit_layer"].tolist() == [3, 4]
-    assert (table["low"] < table["value"]).all() and (table["value"] < table["high"]).all()
-    assert table["value"][0] == pytest.approx(spearman(gold, pairs.loc[pairs["layer"] == 3, "similarity"]))
+    encoders = {"baseline": SentenceEncoder(backbone), "TP": SentenceEncoder(backbone, method=TokenPrepending(1, 3))}
+    tables = {name: context_dependency(encoder, SENTENCES) for name, encoder in encoders.items()}
+    runs = {name: by_sentence(table, "correlation", "context") for name, table in tables.items()}
+    compared = compare(runs, mean_of("correlation"), "baseline", draws=100).set_index("run")
+    before, after = (table.groupby("sentence")["correlation"].mean().mean() for table in tables.values())
+    assert compared.loc["TP", "difference"] == pytest.approx(after - before)
+    by_block = by_sentence(attention_to_placeholder(encoders["TP"], SENTENCES), "share", "block")
+    assert by_block["task"].tolist() == [str(block) for block in range(LAYERS) for _ in SENTENCES]
 
 
 def runs_with_accuracy(accuracies: dict, items: int = 200) -> dict[object, pd.DataFrame]:
@@ -174,58 +199,28 @@ def test_variants_stand_beside_the_reference_of_their_own_prompt():
     wide = effects.score_table(table)
     assert wide.columns.tolist() == ["prompt", "variant", "layer", "A", "B", "Avg", "low", "high"]
     assert wide["Avg"].tolist() == [40, 70, 50] and (wide["low"] < wide["Avg"]).all()
+    alone = {"cot": {name: of[of["task"] == "A"] for name, of in runs["cot"].items()}}  # one task is its own average
+    assert effects.overall(effects.compare_variants(alone, mean_of("correct"), draws=50))["value"].tolist() == [40, 70]
 
 
-def test_one_task_is_its_own_average():
-    runs = {name: table[table["task"] == "A"] for name, table in runs_with_accuracy({"TP": 60}).items()}
-    table = effects.compare_variants({"cot": runs}, mean_of("correct"), draws=50)
-    assert effects.overall(table)["value"].tolist() == [60]
+def test_ends_are_compared_with_the_best_one_and_effects_described_by_what_the_intervals_tell_apart():
+    def ends(*scores, items=200):
+        return effects.compare_ends(runs_with_accuracy(dict(zip((2, 8, 14), scores)), items), mean_of("correct"), 500)
 
-
-def test_ends_are_compared_with_the_best_one():
-    runs = runs_with_accuracy({2: 50, 8: 80, 14: 79})
-    table = effects.compare_ends(runs, mean_of("correct"), draws=500).set_index("end")
+    table = ends(50, 80, 79).set_index("end")
     assert table["value"].tolist() == [50, 80, 79] and table["difference"].tolist() == [-30, 0, -1]
     assert table.loc[2, "difference_high"] < -20
     assert table.loc[8, ["difference_low", "difference_high"]].tolist() == [0, 0]
-    whole = compare(runs, mean_of("correct"), draws=500)
+    whole = compare(runs_with_accuracy({2: 50, 8: 80, 14: 79}), mean_of("correct"), draws=500)
     assert whole.query("task == 'Avg'")["low"].tolist() == table["low"].tolist()
-
-
-def ends_table(scores, apart: float) -> pd.DataFrame:
-    """A table as of `compare_ends` for ends 2, 8 and 14; an end is told apart that is more than `apart` behind."""
-    scores = np.array(scores, float)
-    behind = scores - max(scores)
-    return pd.DataFrame({"end": [2, 8, 14], "value": scores, "low": scores - 5, "high": scores + 5,
-                         "difference": behind, "difference_low": behind - apart, "difference_high": behind + apart})
-
-
-def test_ends_are_described_by_what_the_intervals_tell_apart():
-    near, far = ends_table([71, 70, 60], 3.0), ends_table([50, 60, 80], 3.0)
-    text = effects.describe_ends(far, near)
-    assert "transfer is best at 14 (80.0, 95 % interval 75.0 to 85.0) and STS-B dev is best at 2 (71.0" in text
+    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=10), ends(80, 70, 70, items=10)
+    text, (low, high) = effects.describe_ends(far, near), far.loc[2, ["low", "high"]]
+    assert f"is best at 14 (80.0, 95 % interval {low:.1f} to {high:.1f}) and STS-B dev is best at 2 (71.0" in text
     assert text.endswith("deeper for transfer, and paired intervals tell them apart on transfer and STS-B dev.")
-    assert effects.describe_ends(near, ends_table([50, 60, 80], 99.0)).endswith("tell them apart on transfer.")
-    text = effects.describe_ends(ends_table([1, 2, 3], 9), ends_table([3, 2, 1], 9))
-    assert text.endswith("no paired interval tells them apart.")
+    text = effects.describe_ends(near, few)
+    assert text.endswith("less deep for transfer, and paired intervals tell them apart on transfer.")
+    assert effects.describe_ends(few, fewer).endswith("no paired interval tells them apart.")
     assert effects.describe_ends(far, far).endswith("the same end for both.")
-
-
-def test_effects_are_described_by_their_intervals():
     table = pd.DataFrame({"prompt": ["a", "b", "c"], "difference_low": [1, -1, -3], "difference_high": [2, 1, -2]})
-    text = effects.describe_effects(table, "items")
-    assert text.endswith("better for a; worse for c; no different as far as these items can tell for b.")
-
-
-def test_the_grid_is_stored_and_read_again(tmp_path, monkeypatch, no_data):
-    """A function of lib with plain arguments: the store of results takes it."""
-    from functools import partial
-
-    from lib.report import results
-
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    data = load_sts("sample", "dev").first(6)
-    compute = partial(layers.score_spans, tiny_backbone(), "prompteol", [(1, 2)], data, [LAYERS])
-    first, second = (results.run_or_load("grid", {"data": data.provenance}, compute) for _ in range(2))
-    assert not first.reused and second.reused
-    pd.testing.assert_frame_equal(first.value, second.value)
+    text = "better for a; worse for c; no different as far as these items can tell for b."
+    assert effects.describe_effects(table, "items").endswith(text)

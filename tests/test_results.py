@@ -1,21 +1,28 @@
-"""Stores on disk: one result a file, embeddings, and what a full disk, damage or a dying process does to them."""
+"""Stores on disk: results and embeddings, the code they hang on, full disks, damaged files, dying processes."""
 
 import errno
-import subprocess
-import sys
+import multiprocessing
+import os
+import shutil
+import signal
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from tiny_models import tiny_backbone
 
 from lib.core import processes, store
+from lib.core.code_version import code_version, dependencies
+from lib.core.encoder import SentenceEncoder
 from lib.core.store import ROOT, EmbeddingStore, write_atomically
+from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import EvaluationData
 from lib.evaluation.intervals import SPEARMAN, mean_of
+from lib.evaluation.sts import sts_pairs
 from lib.report import results
-from lib.report.results import describe, run_or_load
+from lib.report.results import code_of, describe, run_or_load
 from lib.report.settings import Setting
 
 TABLE = pd.DataFrame({"task": ["STS12", "2024"], "pair": [0, 1], "score": [1 / 3, np.nan], "ok": [True, False]})
@@ -28,53 +35,37 @@ def folder(tmp_path, monkeypatch):
 
 
 class Counting:
-    """A computation that counts its calls."""
+    """A computation that counts its calls; `of_lib` is it as a partial of a function of lib, which calls it."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls, self.of_lib = 0, partial(processes.from_main, self)
 
     def __call__(self):
         self.calls += 1
         return TABLE
 
-    @property
-    def of_lib(self):
-        """The same as a partial of a function of lib, which calls what it is given."""
-        return partial(processes.from_main, self)
 
-
-def test_second_call_reuses_and_returns_the_same(folder):
+def test_a_result_is_computed_once_and_again_for_other_settings_other_code_or_a_fresh_run(monkeypatch, folder):
     counting = Counting()
     first, second = (run_or_load("a name/with: signs", {"seed": 1}, counting.of_lib) for _ in range(2))
+    [path] = folder.iterdir()
     assert counting.calls == 1 and (first.reused, second.reused) == (False, True)
     pd.testing.assert_frame_equal(first.value, second.value)
     pd.testing.assert_frame_equal(first.value, TABLE, check_dtype=False)
     assert first.value["score"][0] == 1 / 3
     assert first.provenance == second.provenance and second.provenance["settings"] == {"seed": 1}
     assert second.provenance["environment"]["packages"]["torch"] and second.provenance["seconds"] >= 0
-    assert len(list(folder.iterdir())) == 1
 
-
-def test_other_settings_or_other_code_are_another_result(monkeypatch):
-    counting = Counting()
-    for seed in (1, 2):
-        run_or_load("r", {"seed": seed}, counting.of_lib)
+    run_or_load("a name/with: signs", {"seed": 2}, counting.of_lib)
     assert counting.calls == 2
+    stored, again = path.stat().st_mtime, partial(run_or_load, "a name/with: signs", {"seed": 1}, counting.of_lib)
+    assert again(fresh_since=stored - 1).reused and not again(fresh_since=stored + 1).reused and counting.calls == 3
     monkeypatch.setattr(results, "code_version", lambda *modules: f"another version of {modules}")
-    run_or_load("r", {"seed": 1}, counting.of_lib)
-    assert counting.calls == 3
-
-
-def test_a_function_whose_code_nobody_watches_is_refused(folder):
-    for outside in (lambda: TABLE, Counting().__call__, partial(pd.DataFrame, {})):
-        with pytest.raises(ValueError, match="no function of lib"):
-            run_or_load("r", {}, outside)
-    assert not folder.exists()
+    assert not again().reused
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:-20], lambda b: b.replace(b"0.33", b"0.44"), lambda b: b"", lambda b: b"[]", lambda b: b"\xff" + b,
-])
+    lambda b: b[:-20], lambda b: b.replace(b"0.33", b"0.44"), lambda b: b"", lambda b: b"[]", lambda b: b"\xff" + b])
 def test_a_damaged_file_is_noticed_and_computed_again(folder, damage):
     counting = Counting()
     run_or_load("r", {}, counting.of_lib)
@@ -86,26 +77,11 @@ def test_a_damaged_file_is_noticed_and_computed_again(folder, damage):
     assert run_or_load("r", {}, counting.of_lib).reused
 
 
-def test_a_fresh_run_ignores_what_was_stored_before(folder):
-    counting = Counting()
-    run_or_load("r", {}, counting.of_lib)
-    [path] = folder.iterdir()
-    stored = path.stat().st_mtime
-    assert run_or_load("r", {}, counting.of_lib, fresh_since=stored - 1).reused
-    assert not run_or_load("r", {}, counting.of_lib, fresh_since=stored + 1).reused and counting.calls == 2
-
-
-def test_a_failed_computation_stores_nothing(folder):
-    with pytest.raises(AttributeError):
-        run_or_load("r", {}, partial(processes.from_main, Exception))
-    assert not folder.exists()
-
-
 def pairs(*sentences, name="STS-B"):
     return EvaluationData(name, Dataset.from_dict({"sentence1": sentences}), {"split": "test"})
 
 
-def test_a_description_tells_arguments_apart_and_holds_no_texts():
+def test_a_description_tells_arguments_apart_and_holds_no_texts_and_no_store(tmp_path):
     sentence = "A sentence of a data set whose licence does not let us copy it."
     ragged = np.array([np.zeros(2), np.ones(1)], dtype=object)
     different = [
@@ -113,107 +89,129 @@ def test_a_description_tells_arguments_apart_and_holds_no_texts():
         np.zeros(3), np.zeros((3, 1)), np.ones(3), np.zeros(3, int), ragged, ragged * 2,
         TABLE, TABLE.assign(score=1 / 3 + 1e-16), pairs(sentence), pairs(sentence, sentence), pairs("Another."),
         SPEARMAN, mean_of("a"), mean_of("b"), pairs, partial(pairs, 1), partial(pairs, 2),
+        Setting(None, 1), Setting(None, 2),
     ]
     described = [repr(describe(thing)) for thing in different]
     assert len(set(described)) == len(different)
     assert described == [repr(describe(thing)) for thing in different]
     assert not any(sentence in text for text in described)
+    assert describe({"store": EmbeddingStore(tmp_path)}) == {"store": None}
     with pytest.raises(TypeError, match="describe"):
         describe(object())
 
 
-def test_encoders_say_the_model_once_and_the_store_does_not_count(tmp_path):
-    class Model:
-        def describe(self):
-            return {"model": "tiny", "dtype": "float32"}
+def test_a_process_that_dies_while_it_writes_leaves_the_old_file(tmp_path):
+    def die():
+        store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        write_atomically(tmp_path / "table.csv", b"new" * 1000)
 
-    class Encoder:
-        backbone = Model()
-
-        def describe(self):
-            return self.backbone.describe() | {"prompt": "prompteol", "exit_layer": 3}
-
-    expected = {"model": {"model": "tiny", "dtype": "float32"}, "prompt": "prompteol", "exit_layer": 3}
-    described = describe({"encoder": Encoder(), "store": EmbeddingStore(tmp_path), "setting": Setting(Encoder(), 3)})
-    assert described["setting"] == {"type": "Setting", "method": expected, "exit_layer": 3}
-    assert described["encoder"] == expected and described["store"] is None
+    write_atomically(tmp_path / "table.csv", b"old")
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "table.csv").read_bytes() == b"old"
 
 
-# Files of more than 4,000 bytes cannot be written here, as on a disk that is nearly full.
-SMALL_DISK = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-sys.path.insert(0, {root!r})
-import numpy as np
-from lib.core.store import EmbeddingStore
-store = EmbeddingStore({folder!r})
-store.save("small", np.ones((2, 3)))
-try:
-    store.save("large", np.ones((100, 300)))
-except OSError as error:
-    print(type(error).__name__, error.errno, store.load("large") is None, store.load("small").sum())
-"""
+@pytest.mark.parametrize("step", ["fdopen", "fsync", "replace"])
+def test_what_could_not_be_stored_is_an_error_and_leaves_the_old_file_and_no_other(monkeypatch, folder, step):
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def run(program: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-
-
-def test_a_write_that_does_not_fit_leaves_the_store_whole(tmp_path):
-    done = run(SMALL_DISK.format(root=str(ROOT), folder=str(tmp_path)))
-    assert done.stdout.split() == ["OSError", str(errno.EFBIG), "True", "6.0"], done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["small.npy"], "nothing half-written is left"
-
-
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_no_space_for_a_file_is_raised_and_the_old_file_stays(tmp_path, monkeypatch, step):
-    file = tmp_path / "scores.csv"
-    write_atomically(file, b"old")
-    monkeypatch.setattr(store.os, step, no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(file, b"new and longer")
-    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
-
-
-def test_a_result_that_could_not_be_stored_is_computed_again(monkeypatch, folder):
     counting = Counting()
     run_or_load("scores", {}, counting.of_lib)
     [path] = folder.iterdir()
     old = path.read_bytes()
     with monkeypatch.context() as full:
-        full.setattr(store.os, "fsync", no_space)
+        full.setattr(store.os, step, no_space)
         with pytest.raises(OSError, match="No space left"):
             run_or_load("scores", {}, counting.of_lib, fresh_since=path.stat().st_mtime + 1)
+        with pytest.raises(OSError, match="No space left"):
+            EmbeddingStore(folder).save("embeddings", np.ones((2, 3)))
     assert [path] == list(folder.iterdir()) and path.read_bytes() == old
     assert run_or_load("scores", {}, counting.of_lib).reused and counting.calls == 2
 
 
-def test_any_changed_byte_of_stored_embeddings_is_noticed(tmp_path):
+def test_any_changed_byte_of_stored_embeddings_is_noticed_and_old_ones_are_not_fresh(tmp_path):
     files = EmbeddingStore(tmp_path)
     files.save("key", np.arange(6.0).reshape(2, 3))
-    whole = (tmp_path / "key.npy").read_bytes()
+    whole, stored = (tmp_path / "key.npy").read_bytes(), (tmp_path / "key.npy").stat().st_mtime
+    fresh = [EmbeddingStore(tmp_path, fresh_since=stored + later).load("key") for later in (-1, 1)]
+    assert fresh[0].tolist() == [[0, 1, 2], [3, 4, 5]] and fresh[1] is None
     changed = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
-    for content in changed + [whole[:length] for length in range(len(whole))]:
-        (tmp_path / "key.npy").write_bytes(content)
-        with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        for content in changed + [whole[:length] for length in range(len(whole))]:
+            (tmp_path / "key.npy").write_bytes(content)
             assert files.load("key") is None
+    assert len(caught) == 2 * len(whole)
     (tmp_path / "key.npy").write_bytes(whole)
     assert files.load("key").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_a_process_that_dies_while_it_writes_leaves_the_old_file(tmp_path):
-    write_atomically(tmp_path / "table.csv", b"old")
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from lib.core import store
-store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-store.write_atomically(store.Path({str(tmp_path / "table.csv")!r}), b"new" * 1000)
-"""
-    assert run(program).returncode == -9
-    assert (tmp_path / "table.csv").read_bytes() == b"old"
+# The code that a result hangs on.
+
+
+def modules_of(method) -> set[str]:
+    """Whose code the STS results of an encoder with this method hang on."""
+    return code_of(partial(sts_pairs, SentenceEncoder(tiny_backbone(), method=method), {}))
+
+
+with_a_line = "{}\nassert 1 + 1 == 2\n".format
+
+
+@pytest.mark.parametrize("file, change, stale", [  # whether the STS results of the baseline and of TP are stale
+    *((file, with_a_line, [True, True]) for file in (
+        "core/tokens.py", "core/forward.py", "core/pooling.py", "core/hardware.py", "core/encoder.py",
+        "evaluation/sts.py", "data/sources.py")),
+    ("core/token_prepending.py", lambda text: text.replace("= states[row, last", "= -states[row, last"), [False, True]),
+    ("core/forward.py", lambda text: text.replace('"""', '"""Other words. ', 1), [False, False]),
+    ("core/tokens.py", lambda text: text.replace("    def ", "\n    # A comment.\n    def "), [False, False]),
+    ("core/prompts.yaml", lambda text: text + 'another: {templates: ["Text: \\"{sentence}\\""]}\n', [False, False]),
+    *((file, with_a_line, [False, False]) for file in (
+        "report/figures.py", "report/results.py", "run/publish.py", "evaluation/transfer.py", "__init__.py")),
+])
+def test_new_code_makes_stale_what_used_it_and_texts_plots_and_other_evaluations_nothing(tmp_path, file, change, stale):
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    path, text = tmp_path / "lib" / file, (ROOT / "lib" / file).read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    used = (modules_of(None), modules_of(TokenPrepending(1, 2)))
+    assert [code_version(*modules, root=tmp_path) != code_version(*modules) for modules in used] == stale
+
+
+def small_lib(folder, **modules: str):
+    for name, text in modules.items():
+        path = folder / "lib" / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        (path.parent / "__init__.py").touch()
+    return folder
+
+
+def test_every_form_of_import_is_followed_wherever_it_stands(tmp_path):
+    root = small_lib(
+        tmp_path, core__a="from lib.core import b\nimport lib.core.c, numpy\n", report__results="",
+        core__b="def f():\n    from lib.core.d import name\n", core__c="from .e import name\nfrom . import f\n",
+        core__d="from lib.report.results import Result\n", core__e="if False:\n    import lib.core.a\n", core__f="",
+    )
+    assert dependencies("lib.core.a", root=root) == {f"lib.core.{name}" for name in "abcdef"}
+    small_lib(tmp_path, core__g="from lib import SentenceEncoder\n")
+    with pytest.raises(ValueError, match="SentenceEncoder"):  # a name that hides its module
+        dependencies("lib.core.g", root=root)
+
+
+def test_code_that_cannot_be_read_is_never_the_same_twice():
+    assert code_version("__nowhere__") != code_version("__nowhere__")
+    assert code_version(__name__) == code_version(__name__)
+    assert "lib.core.pooling" in dependencies(__name__), "one's own method counts with what it imports from lib"
+
+
+def test_results_know_the_code_of_encoders_methods_and_arguments():
+    assert {"lib.evaluation.sts", "lib.core.encoder", "lib.core.pooling"} <= modules_of(None)
+    assert modules_of(TokenPrepending(1, 2)) - modules_of(None) == {"lib.core.token_prepending"}
+    encoder = SentenceEncoder(tiny_backbone())
+    encoder.method = type("Own", (), {"__module__": "__main__"})()  # written in a notebook
+    assert "__main__" in code_of(partial(sts_pairs, encoder, {}))
+    for outside in (lambda: None, small_lib, partial(small_lib, 1)):
+        with pytest.raises(ValueError, match="no function of lib"):
+            code_of(outside)

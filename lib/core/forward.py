@@ -1,7 +1,7 @@
 """Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once.
 
-Hooks work on the *inputs* of the decoder blocks (forward pre-hooks): in every architecture a block's input is a plain
-tensor, equal to `hidden_states[i]` of Hugging Face, while outputs differ in shape between families.
+Hooks work on the *inputs* of the decoder blocks: in every architecture a block's input is a plain tensor, equal to
+`hidden_states[i]` of Hugging Face, while outputs differ in shape between families.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,9 @@ from transformers import Cache, DynamicCache
 if TYPE_CHECKING:
     from lib.core.backbone import Backbone
 
-Reader = Callable[[torch.Tensor], torch.Tensor]
+
+class UnsupportedModelError(ValueError):
+    """The model has no structure that this package can work with; the message says what is missing."""
 
 
 def block_input(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -33,28 +36,30 @@ def replace_input(states: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 @contextmanager
-def safe_float16(first_block: nn.Module, device: torch.device, dtype: torch.dtype):
-    """While active, a float16 model adds up its blocks' outputs, and norms the sum, in float32; else it does nothing.
-
-    That sum (the residual stream) is what overflows float16 in models with large activations. The matrix products stay in
-    float16: autocast turns their inputs, which come out of norms and are small, back.
-    """
-    if dtype != torch.float16:
+def before_blocks(backbone: Backbone, indices: Iterable[int], hook: Callable):
+    """While active, `hook(index, block, args, kwargs)` is a forward pre-hook of each of these decoder blocks."""
+    with ExitStack() as hooks:
+        for i in indices:
+            hooks.enter_context(backbone.layers[i].register_forward_pre_hook(partial(hook, i), with_kwargs=True))
         yield
-        return
 
+
+@contextmanager
+def safe_float16(first_block: nn.Module, device: torch.device, dtype: torch.dtype):
+    """While active, a float16 model adds up its blocks' outputs, and norms the sum, in float32, lest it overflows. The
+    matrix products stay in float16: autocast turns their inputs, which come out of norms and are small, back."""
     def widen(_, args, kwargs):
         return replace_input(block_input(args, kwargs).float(), args, kwargs)
 
-    handle = first_block.register_forward_pre_hook(widen, with_kwargs=True, prepend=True)
-    try:
-        with torch.autocast(device.type, torch.float16):
-            yield
-    finally:
-        handle.remove()
+    with ExitStack() as active:
+        if dtype == torch.float16:
+            active.enter_context(first_block.register_forward_pre_hook(widen, with_kwargs=True, prepend=True))
+            active.enter_context(torch.autocast(device.type, torch.float16))
+        yield
+
 
 def check_finite(states: torch.Tensor | np.ndarray, name: str, dtype: torch.dtype) -> None:
-    """Raise `FloatingPointError` if a value is infinite or not a number, which is what float16 gives when it overflows."""
+    """Raise `FloatingPointError` if a value is infinite or not a number, as where float16 overflows."""
     if not torch.isfinite(torch.as_tensor(states)).all():
         raise FloatingPointError(f"{name} gives infinite or undefined states in {dtype}; load it with dtype='float32'.")
 
@@ -65,79 +70,63 @@ class _Stop(Exception):
 
 @torch.inference_mode()
 def read_states(
-    backbone: Backbone,
-    input_ids: torch.Tensor,
-    layers: Iterable[int],
-    read: Reader = lambda states: states,
-    prefix: Cache | None = None,
-    **inputs,
+    backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[int],
+    read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states, prefix: Cache | None = None, **inputs,
 ) -> dict[int, torch.Tensor]:
-    """One forward pass that keeps `read(state)` for each layer asked for and stops after the last of them.
+    """One forward pass that stops after the last of the layers asked for: layer -> what `read` returned.
 
     Args:
         input_ids: int64 (batch, tokens). Pad on the right: under causal attention that needs no mask.
-        layers: state indices 0..num_layers in Hugging Face's numbering; only num_layers is after the final norm.
+        layers: state indices 0..num_layers, see `Backbone`. prefix: from `run_prefix`, of the tokens before these.
         read: takes a state (batch, tokens, hidden) and returns what to keep of it.
-        prefix: keys and values of tokens before `input_ids`, from `run_prefix`.
         inputs: handed to the model (`attention_mask` and `position_ids` where the padding is on the left).
-
-    Returns:
-        layer -> what `read` returned.
     """
     wanted = sorted({backbone.layer_index(n) for n in layers})
-    last, kept, stop = wanted[-1], {}, _Stop()
+    kept, stop = {}, _Stop()
 
-    def before_block(index: int, ends_here: bool):
-        def hook(_, args, kwargs):
-            kept[index] = read(block_input(args, kwargs))
-            if ends_here:
-                raise stop
-        return hook
+    def keep(index, _, args, kwargs):
+        kept[index] = read(block_input(args, kwargs))
+        if index == wanted[-1]:
+            raise stop
 
-    with ExitStack() as hooks:
-        hooks.enter_context(safe_float16(backbone.layers[0], backbone.device, backbone.dtype))
-        for n in wanted:
-            if n < backbone.num_layers:
-                hook = before_block(n, ends_here=n == last)
-                hooks.callback(backbone.layers[n].register_forward_pre_hook(hook, with_kwargs=True).remove)
+    inner = [n for n in wanted if n < backbone.num_layers]
+    with safe_float16(backbone.layers[0], backbone.device, backbone.dtype), before_blocks(backbone, inner, keep):
         try:
             output = backbone.base(input_ids=input_ids, past_key_values=prefix, use_cache=prefix is not None, **inputs)
+            if not hasattr(output, "last_hidden_state"):
+                gives = f"{backbone.name} without its head gives {type(output).__name__}"
+                raise UnsupportedModelError(f"{gives}, which has no states.")
             kept[backbone.num_layers] = read(output.last_hidden_state)
         except _Stop as raised:
             if raised is not stop:
                 raise
             stop.__traceback__ = None  # its frames would keep this pass's activations alive
-    missing = set(wanted) - set(kept)
-    if missing:
-        raise RuntimeError(f"The forward pass of {backbone.name} did not reach the states {sorted(missing)}.")
+    if missing := set(wanted) - set(kept):
+        raise UnsupportedModelError(f"The forward pass of {backbone.name} did not reach states {sorted(missing)}.")
     return {n: kept[n] for n in wanted}
 
 
 class _Prefix(DynamicCache):
-    """A KV cache for a shared prompt prefix.
-
-    The first pass fills it. Later passes read it without appending, so one cache serves every batch.
-    """
+    """Keys and values of a shared prefix: the first pass fills it, later ones read it without appending theirs."""
 
     def __init__(self):
-        super().__init__()  # without the model's config: a sliding-window layer would drop keys that a long prefix still needs
+        # Without the model's config: a sliding-window layer would drop keys that a long prefix still needs.
+        super().__init__()
         self.kept, self.filled = {}, False
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        own = key_states, value_states
         if not self.filled:
-            self.kept[layer_idx] = key_states, value_states
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        batch, own = key_states.shape[0], (key_states, value_states)
-        return tuple(torch.cat([old.expand(batch, -1, -1, -1), new], dim=-2) for old, new in zip(self.kept[layer_idx], own))
+            self.kept[layer_idx] = own
+            return super().update(*own, layer_idx, *args, **kwargs)
+        joined = zip(self.kept[layer_idx], own)
+        return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], dim=-2) for old, new in joined)
 
 
 @torch.inference_mode()
 def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) -> Cache:
-    """Keys and values of `prefix_ids` (int64, tokens) in the blocks before state `last_layer`.
-
-    Under causal attention nothing after a prefix can change it, so one pass serves every text that begins with it. The
-    cache can be handed to any number of `read_states` calls: it does not grow.
-    """
+    """Keys and values of `prefix_ids` (int64, tokens) in the blocks before state `last_layer`, for `read_states`. Under
+    causal attention nothing after a prefix can change it, so one pass serves every text that begins with it."""
     cache = _Prefix()
     # At least one block: models with learned positions count the prefix by the first block's keys.
     read_states(backbone, prefix_ids[None], [max(last_layer, 1)], read=lambda states: None, prefix=cache)
@@ -147,10 +136,8 @@ def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) ->
 
 @torch.inference_mode()
 def shares_prefix(backbone: Backbone) -> bool:
-    """Whether this model gives the same states when a prefix's keys and values are reused. Checked once per model.
-
-    Warns if not: embeddings are then computed from whole prompts, which is slower and just as right.
-    """
+    """Whether this model gives the same states when a prefix's keys and values are reused. Checked once per model; if
+    not, it warns: embeddings are then computed from whole prompts, which is slower and just as right."""
     if "shares_prefix" not in vars(backbone):
         ids = torch.arange(5, 13, device=backbone.device)[None] % backbone.embeddings.weight.shape[0]
         n = backbone.num_layers
@@ -163,5 +150,5 @@ def shares_prefix(backbone: Backbone) -> bool:
             difference, reason = float("inf"), f"{type(error).__name__}: {error}"
         backbone.shares_prefix = difference < (1e-3 if backbone.dtype == torch.float32 else 0.1)
         if not backbone.shares_prefix:
-            warnings.warn(f"{backbone.name} cannot reuse a prompt's prefix ({reason}); running whole prompts.", stacklevel=2)
+            warnings.warn(f"{backbone.name} cannot reuse a prompt's prefix ({reason}); running it all.", stacklevel=2)
     return backbone.shares_prefix

@@ -1,77 +1,13 @@
-"""What an encoder reads: the last token's state, or a mean over the sentence's tokens.
-
-A pooling runs one batch and returns what it read; it is the third of an encoder's four choices. `read` decides itself
-which part of the model has to run, so a pooling that reads something else than hidden states is one more class here.
-"""
-
-from __future__ import annotations
+"""What an encoder reads of a batch: the last token's state, or a mean over the sentence's tokens."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import torch
-from transformers import Cache
 
 from lib.core.backbone import Backbone
 from lib.core.forward import read_states
 from lib.core.tokens import Batch
-
-
-class Pooling(Protocol):
-    """What an encoder expects of a pooling. `needs_span`: whether it uses `Batch.first`. `describe`: itself as plain data."""
-
-    needs_span: bool
-
-    def read(self, backbone: Backbone, batch: Batch, layers: Iterable[int], prefix: Cache | None) -> dict[int, torch.Tensor]:
-        """Run the batch up to the last of `layers`: layer -> (batch, hidden), on the model's device."""
-
-    def describe(self) -> dict: ...
-
-
-@dataclass(frozen=True)
-class LastToken:
-    """The state of the prompt's last token."""
-
-    needs_span = False
-
-    def read(self, backbone, batch, layers, prefix=None):
-        return read_states(backbone, batch.ids, layers, lambda states: last_state(states, batch.last), prefix)
-
-    def describe(self) -> dict:
-        return {"pooling": "last"}
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The mean state, from the first token of the sentence's last occurrence to the end of the prompt.
-
-    Args:
-        weighted: weigh the k-th of those tokens by k, counting from 1 (SGPT, arXiv 2202.08904).
-    """
-
-    weighted: bool = False
-    needs_span = True
-
-    def read(self, backbone, batch, layers, prefix=None):
-        mean = partial(mean_state, first=batch.first, last=batch.last, weighted=self.weighted)
-        return read_states(backbone, batch.ids, layers, mean, prefix)
-
-    def describe(self) -> dict:
-        return {"pooling": "weighted_mean" if self.weighted else "mean"}
-
-
-POOLINGS: dict[str, Pooling] = {"last": LastToken(), "mean": Mean(), "weighted_mean": Mean(weighted=True)}
-
-
-def get_pooling(pooling: str | Pooling) -> Pooling:
-    """A pooling by its name in `POOLINGS`; an object passes through. Raises `ValueError`, listing the names."""
-    if not isinstance(pooling, str):
-        return pooling
-    if pooling not in POOLINGS:
-        raise ValueError(f"Unknown pooling {pooling!r}; choose from {', '.join(POOLINGS)} or pass a pooling.")
-    return POOLINGS[pooling]
 
 
 def last_state(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -80,10 +16,69 @@ def last_state(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
 
 def mean_state(states: torch.Tensor, first: torch.Tensor, last: torch.Tensor, weighted: bool = False) -> torch.Tensor:
-    """(batch, tokens, hidden) -> float32 (batch, hidden): the mean from `first` to `last`, both int64 (batch,), inclusive."""
+    """(batch, tokens, hidden) -> float32 (batch, hidden): the mean from `first` to `last`, both int64 (batch,)."""
     first, last = first.to(states.device), last.to(states.device)
     place = torch.arange(states.shape[1], device=states.device)[None] - first[:, None] + 1
     inside = (place >= 1) & (place <= (last - first + 1)[:, None])
     weights = (place if weighted else torch.ones_like(place)) * inside
     weights = weights.float() / weights.sum(dim=1, keepdim=True)
     return torch.einsum("bth,bt->bh", states.float(), weights)
+
+
+# What is read of one layer's states, (batch, tokens, hidden) -> (batch, hidden).
+READS = {
+    "last": lambda states, batch: last_state(states, batch.last),
+    "mean": lambda states, batch: mean_state(states, batch.first, batch.last),
+    "weighted_mean": lambda states, batch: mean_state(states, batch.first, batch.last, weighted=True),
+    "all": lambda states, batch: mean_state(states, torch.zeros_like(batch.last), batch.last),
+    "first": lambda states, batch: states[:, 0],
+    "mask": lambda states, batch: last_state(states, batch.placeholders[:, 0]),
+}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What an encoder reads. One of your own is any object with `needs_span`, `read` and `describe`.
+
+    Names beside those of `POOLINGS` are for models whose tokens attend to both sides: `"all"`, the mean state of all
+    tokens, special tokens included; `"first"`, the first token's state; `"mask"`, the mask token's; `"pooler"`, what
+    the model's own pooler makes of the first token's last state.
+    """
+
+    name: str
+
+    @property
+    def needs_span(self) -> bool:
+        """Whether it uses `Batch.first`."""
+        return self.name in ("mean", "weighted_mean")
+
+    def read(self, backbone: Backbone, batch: Batch, layers: Iterable[int], prefix=None) -> dict[int, torch.Tensor]:
+        """Run the batch up to the last of `layers`: layer -> (batch, hidden). A pooler reads the last state only."""
+        if self.name == "pooler" and list(layers) != [backbone.num_layers]:
+            raise ValueError(f"The pooler of {backbone.name} works on the last state only, not on {list(layers)}.")
+        pick = (READS | {"pooler": lambda states, _: backbone.base.pooler(states)})[self.name]
+        return read_states(backbone, batch.ids, layers, lambda states: pick(states, batch), prefix)
+
+    def describe(self) -> dict:
+        """The pooling as plain data."""
+        return {"pooling": self.name}
+
+
+class LastToken(Pooling):
+    """The state of the prompt's last token."""
+
+    def __init__(self):
+        super().__init__("last")
+
+
+class Mean(Pooling):
+    """The mean state, from the first token of the sentence's last occurrence to the end of the prompt.
+
+    If `weighted`, the k-th of those tokens weighs k, counting from 1 (SGPT, arXiv 2202.08904).
+    """
+
+    def __init__(self, weighted: bool = False):
+        super().__init__("weighted_mean" if weighted else "mean")
+
+
+POOLINGS: dict[str, Pooling] = {"last": LastToken(), "mean": Mean(), "weighted_mean": Mean(weighted=True)}

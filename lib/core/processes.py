@@ -1,11 +1,5 @@
-"""Several processes that run one program and share its encoding: under `accelerate launch`, or `run_all.sh --processes N`.
-
-Every process runs all of the program. What one of them decides for all (is it in the store?) comes from the main process,
-and what is computed in parts is gathered, so that all hold the same values. torchrun and accelerate tell each process its
-number and how many there are by the variables RANK and WORLD_SIZE.
-"""
-
-from __future__ import annotations
+"""Several processes that run one program and share its encoding: by `accelerate launch` or `run_all.sh --processes N`,
+which tell each process its number and how many there are by the variables RANK and WORLD_SIZE."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -30,11 +24,8 @@ def is_main() -> bool:
 
 
 def join(meeting: Path | str = "") -> None:
-    """Meet the other processes, once; what they exchange lies in main memory, so that gloo serves on GPUs too.
-
-    Args:
-        meeting: a file that does not exist yet, for a notebook's kernel, which no launcher started. Else the launcher's.
-    """
+    """Meet the other processes, once; what they exchange lies in main memory, so that gloo serves on GPUs too. Where no
+    launcher started them, as a notebook's kernel, `meeting` is a file that does not exist yet."""
     if count() > 1 and not distributed.is_initialized():
         options = {"init_method": f"file://{meeting}", "rank": index(), "world_size": count()} if meeting else {}
         distributed.init_process_group("gloo", **options)
@@ -52,9 +43,8 @@ def from_main(compute: Callable):
 
 def gather(items: Iterable) -> list:
     """The items of all processes, those of process 0 first, in all of them."""
-    if count() == 1:
-        return list(items)
-    join()
-    parts = [None] * count()
-    distributed.all_gather_object(parts, list(items))
+    parts = [list(items)] * count()
+    if count() > 1:
+        join()
+        distributed.all_gather_object(parts, parts[index()])
     return [item for part in parts for item in part]

@@ -1,7 +1,5 @@
 """Files that can be trusted: written whole or not at all, named by their content, checked when read."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -24,15 +22,13 @@ def fingerprint(description) -> str:
 
 
 def is_fresh(path: Path, since: float) -> bool:
-    """Whether a stored file exists and is not older than `since`, in seconds of the epoch (the start of a fresh run)."""
+    """Whether a stored file exists and is not older than `since`, in seconds of the epoch (a fresh run's start)."""
     return path.exists() and path.stat().st_mtime >= since
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full.
-
-    Of several processes that run one program, only the main one writes.
-    """
+    """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full. Of
+    several processes that run one program, only the main one writes."""
     if not processes.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,37 +40,27 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class EmbeddingStore:
-    """Embeddings on disk, one file for each chunk of texts that was computed together: `folder/<key>.npy`.
-
-    The key is the fingerprint of the texts and of all else that decides their embeddings (`SentenceEncoder.key`). The
-    SHA-256 of a file's content stands at its end, where `numpy.load` does not look; a file that does not match it is
-    reported and computed again. Several processes may share a folder.
-
-    Args:
-        folder: by default the one under `data/cache/`.
-        fresh_since: files older than this, in seconds of the epoch, do not count.
-    """
+    """Embeddings on disk, a file `folder/<key>.npy` a chunk of texts, with the SHA-256 of its content at the end,
+    where `numpy.load` does not look. Files older than `fresh_since`, in seconds of the epoch, do not count."""
 
     def __init__(self, folder: Path | str = CACHE / "embeddings", fresh_since: float = 0.0):
         self.folder, self.fresh_since = Path(folder), fresh_since
 
     def load(self, key: str) -> np.ndarray | None:
-        """The embeddings stored under `key`, float32 (texts, hidden); None if there are none that can be trusted."""
+        """The embeddings stored under `key`, float32 (texts, hidden); None, with a warning if a file is damaged."""
         path = self.folder / f"{key}.npy"
         if not is_fresh(path, self.fresh_since):
             return None
-        whole = path.read_bytes()
-        content, checksum = whole[:-32], whole[-32:]
-        if hashlib.sha256(content).digest() != checksum:
-            warnings.warn(f"{path.name} is damaged; computing its embeddings again.", stacklevel=2)
-            return None
-        return np.load(io.BytesIO(content))
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return np.load(io.BytesIO(content))
+        warnings.warn(f"{path.name} is damaged; computing its embeddings again.", stacklevel=2)
+        return None
 
     def save(self, key: str, embeddings: np.ndarray) -> None:
         """Store embeddings (texts, hidden) under `key`."""

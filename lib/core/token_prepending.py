@@ -1,23 +1,22 @@
 """Token Prepending (TP): each early block sees, in a placeholder before the sentence, a summary of all of it.
 
-Source: arXiv 2412.11556, section 4. In a causal model the first tokens of a sentence cannot see its end. TP puts a
-placeholder token before the sentence and, before each of the early blocks, writes the last token's state over the
-placeholder's. From then on every token of the sentence can attend to what the last token has gathered so far.
+Source: arXiv 2412.11556, section 4. In a causal model the first tokens of a sentence cannot see its end. Before each
+of the early blocks, TP writes the last token's state over a placeholder to which every token of the sentence attends.
 """
 
-from __future__ import annotations
-
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
 
 from lib.core.backbone import Backbone
-from lib.core.forward import block_input, replace_input
+from lib.core.forward import before_blocks, block_input, replace_input
 from lib.core.prompts import PLACES, Prompt
 from lib.core.tokens import Batch
 
+DRAWN, CONSTANT = {"normal": torch.randn, "uniform": torch.rand}, {"zeros": 0.0, "ones": 1.0}
 INITS = ("normal", "zeros", "ones", "uniform", "space")
 
 
@@ -25,9 +24,8 @@ INITS = ("normal", "zeros", "ones", "uniform", "space")
 class Placement:
     """Where TP reads and writes in a forward pass of your own; inside the encoder, a `Batch` says the same.
 
-    Args:
-        placeholders: int64 (batch,) or (batch, count), counted in the tokens handed to the model.
-        last: int64 (batch,), the last real token of each row, whose state is written.
+    `placeholders`, int64 (batch,) or (batch, count), and `last`, int64 (batch,), the last real token of each row, whose
+    state is written, are counted in the tokens handed to the model.
     """
 
     placeholders: torch.Tensor
@@ -43,40 +41,41 @@ class TokenPrepending:
             over every placeholder's. This is the official code's convention; the paper's k is end + 1.
         init: a placeholder's vector at the embedding output: `"normal"` (standard normal, as the official code),
             `"zeros"`, `"ones"`, `"uniform"` (0 to 1), `"space"` (the space token's embedding) or a vector (hidden,).
-        seed: of the generator for `"normal"` and `"uniform"`; it runs on the CPU, so a seed means one vector everywhere.
+        seed: of `"normal"` and `"uniform"`, which are drawn on the CPU, so that a seed means one vector everywhere.
         place: where the placeholders stand, one of `PLACES`, in templates that do not say it themselves with `<PST>`.
         count: how many placeholders stand there, all with the same vector.
 
-    Raises:
-        ValueError: start is negative or not below end, or an unknown init or place, or count below 1.
+    Raises `ValueError` if start is negative or not below end, for an unknown init or place, and a count below 1.
     """
 
     start: int = 1
     end: int = 7
     init: str | tuple[float, ...] = "normal"
     seed: int = 3407
-    place: str = "before_quote"
+    place: Literal[PLACES] = "before_quote"
     count: int = 1
 
     def __post_init__(self):
         if not 0 <= self.start < self.end:
             raise ValueError(f"TP needs 0 <= start < end, got start={self.start}, end={self.end}.")
-        if self.place not in PLACES:
-            raise ValueError(f"Unknown place {self.place!r}; choose from {', '.join(PLACES)}.")
         if self.count < 1:
             raise ValueError(f"TP needs at least one placeholder, got count={self.count}.")
-        if isinstance(self.init, str):
-            if self.init not in INITS:
-                raise ValueError(f"Unknown init {self.init!r}; choose from {', '.join(INITS)} or give a vector.")
-        else:  # a plain tuple keeps the method hashable and comparable
-            object.__setattr__(self, "init", tuple(float(x) for x in np.asarray(self.init).reshape(-1)))
+        # Of this class and of those that are made from it, every field that is one of some words.
+        for name, kind in ((field.name, field.type) for field in fields(self) if get_origin(field.type) is Literal):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(choice or "''" for choice in get_args(kind))
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose from {known}.")
+        if not isinstance(self.init, str):  # a plain tuple keeps the method hashable and comparable
+            object.__setattr__(self, "init", tuple(np.asarray(self.init, float).reshape(-1).tolist()))
+        elif self.init not in INITS:
+            raise ValueError(f"Unknown init {self.init!r}; choose from {', '.join(INITS)} or give a vector.")
 
     def describe(self) -> dict:
         """The method as plain data, for provenance and fingerprints."""
         return {"method": type(self).__name__, **asdict(self)}
 
     def templates(self, prompt: Prompt) -> tuple[str, ...]:
-        """The prompt's templates with placeholders. Raises `ValueError` for a prompt that is not read at its last token."""
+        """The prompt's templates with placeholders. `ValueError` for a prompt that is not read at its last token."""
         if prompt.pooling != "last":
             raise ValueError(f"Prompt {prompt.name!r} is not read at its last token, so TP does not apply to it.")
         return prompt.with_placeholder(self.place, self.count)
@@ -89,49 +88,40 @@ class TokenPrepending:
     def initial_vector(self, backbone: Backbone) -> torch.Tensor:
         """The placeholder's vector, float32 (hidden,), on the CPU, as a row of the embedding matrix would hold it."""
         size = backbone.hidden_size
-        generator = torch.Generator().manual_seed(self.seed)
-        if self.init == "normal":
-            return torch.randn(size, generator=generator)
-        if self.init == "uniform":
-            return torch.rand(size, generator=generator)
-        if self.init == "zeros":
-            return torch.zeros(size)
-        if self.init == "ones":
-            return torch.ones(size)
+        if self.init in DRAWN:
+            return DRAWN[self.init](size, generator=torch.Generator().manual_seed(self.seed))
+        if self.init in CONSTANT:
+            return torch.full((size,), CONSTANT[self.init])
         if self.init == "space":
             ids = backbone.tokenizer(" ", add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"The tokenizer of {backbone.name} has no token for a space; choose another init.")
-            row = backbone.embeddings(torch.tensor([ids[-1]], device=backbone.device))[0].detach().float().cpu()
-            return row / _scale(backbone)
+            row = backbone.embeddings(torch.tensor(ids[-1:], device=backbone.device))[0].detach().float().cpu()
+            return row / backbone.embed_scale
         if len(self.init) != size:
             raise ValueError(f"init has {len(self.init)} values; {backbone.name} has hidden size {size}.")
         return torch.tensor(self.init)
 
     @contextmanager
     def attach(self, backbone: Backbone, batch: Batch | Placement):
-        """While active, every forward pass of `backbone` on this batch runs with TP. The model itself is not changed.
-
-        The hooks go when the block is left, also by an error. Raises `ValueError` if there are fewer than `end` blocks.
-        """
+        """While active, every forward pass of `backbone` on this batch runs with TP. The model itself is not changed:
+        the hooks go when the block is left, also by an error. `ValueError` if there are fewer than `end` blocks."""
         self.check(backbone)
         rows, targets = torch.arange(len(batch.last))[:, None], batch.placeholders.reshape(len(batch.last), -1)
 
-        def write_last_state(_, args, kwargs):
+        def write_last_state(_, __, args, kwargs):
             states = block_input(args, kwargs).clone()
             row, target, last = (t.to(states.device) for t in (rows, targets, batch.last))
             states[row, target] = states[row, last[:, None]]
             return replace_input(states, args, kwargs)
 
-        with self.insert(backbone, targets), ExitStack() as hooks:
-            for block in backbone.layers[self.start : self.end]:
-                hooks.callback(block.register_forward_pre_hook(write_last_state, with_kwargs=True).remove)
+        with self.insert(backbone, targets), before_blocks(backbone, range(self.start, self.end), write_last_state):
             yield self
 
     @contextmanager
     def insert(self, backbone: Backbone, targets: torch.Tensor):
-        """While active, the positions `targets`, int64 (batch, count), hold `initial_vector` at the embedding output."""
-        vector = self.initial_vector(backbone) * _scale(backbone)
+        """While active, the positions `targets`, int64 (batch, count), embed to `initial_vector`."""
+        vector = self.initial_vector(backbone) * backbone.embed_scale
         rows = torch.arange(len(targets))[:, None]
 
         def insert_placeholder(_, __, output):
@@ -139,13 +129,5 @@ class TokenPrepending:
             states[rows.to(states.device), targets.to(states.device)] = vector.to(states.device, states.dtype)
             return states
 
-        handle = backbone.embeddings.register_forward_hook(insert_placeholder)
-        try:
+        with backbone.embeddings.register_forward_hook(insert_placeholder):
             yield
-        finally:
-            handle.remove()
-
-
-def _scale(backbone: Backbone) -> float:
-    """By which some families (Gemma) multiply the rows of their embedding matrix."""
-    return float(getattr(backbone.embeddings, "embed_scale", 1.0))

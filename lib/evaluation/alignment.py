@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.core.backbone import Backbone
 from lib.core.forward import check_finite
-from lib.evaluation.intervals import compare, distinct_share, mean_of
+from lib.evaluation.intervals import Runs, compare, distinct_share, mean_of
 from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes, token_texts, visible
 
 KS = (1, 5, 10, 50)
@@ -183,9 +183,7 @@ def _found(ranks: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame({cut: ranks["rank"] <= limit for cut, limit in limits.items()})
 
 
-def alignment_scores(
-    runs: dict[Hashable, pd.DataFrame], ks: Sequence[int] = KS, reference: Hashable | None = None, draws: int = 1000
-) -> pd.DataFrame:
+def alignment_scores(runs: Runs, ks: Sequence[int] = KS, reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
     """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts.
 
     Returns columns run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and

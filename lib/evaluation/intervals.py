@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 TAILS = (2.5, 97.5)  # percentiles: the ends of a 95 % interval
 CELLS = 2**16  # resamples x items that are held at once: 0.5 MB as float64, which a processor's cache holds
 Tables = Sequence[pd.DataFrame]
+Runs = dict[Hashable, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _values(tables: Tables, weights: np.ndarray, column: str) -> np.ndarray:
     return np.stack([table[column].to_numpy(np.float64) for table in tables], axis=1)
 
 
-def _by_task(runs: dict[Hashable, pd.DataFrame], statistic: Statistic, draws: int, seed: int) -> dict[str, np.ndarray]:
+def _by_task(runs: Runs, statistic: Statistic, draws: int, seed: int) -> dict[str, np.ndarray]:
     """task -> the measured values (first row) and the resampled ones, float64 (1 + draws, runs)."""
     label, first = next(iter(runs.items()))
     same = {"task", "item"}.union({"gold", "token", statistic.within or "item"}.intersection(first))
@@ -126,8 +127,8 @@ def _weights(generator: np.random.Generator, groups: Sequence[np.ndarray], draws
 
 
 def compare(
-    runs: dict[Hashable, pd.DataFrame], statistic: Callable, reference: Hashable | None = None, ratio: bool = False,
-    draws: int = 10_000, seed: int = 0, average: str = "Avg", averaged: Collection[str] = (),
+    runs: Runs, statistic: Callable, reference: Hashable = None, ratio: bool = False, draws: int = 10_000,
+    seed: int = 0, average: str = "Avg", averaged: Collection[str] = (),
 ) -> pd.DataFrame:
     """The statistic of every run on every task with 95 % intervals, and every run beside one of them.
 

@@ -5,6 +5,7 @@ A ranking is a dict: query id -> document ids, best first. Equal scores go by th
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 
 import bm25s
 import numpy as np
@@ -19,6 +20,7 @@ Ranking = dict[str, list[str]]
 DEPTH = 128  # deep enough for Recall@100 after documents have been taken out of the ranking
 QUERY_ROWS = 16  # queries whose cosines with all documents are held at once
 UNIT = Normalise()
+WORDS = partial(bm25s.tokenize, stopwords="en", return_ids=False, show_progress=False)
 METRICS = {"nDCG@10": nDCG @ 10, "Recall@100": R @ 100, "MRR@10": RR @ 10}
 
 
@@ -54,12 +56,12 @@ class BM25Retriever:
 
     def __init__(self, document_ids: Sequence[str], texts: Sequence[str]):
         self.document_ids, self.bm25 = list(document_ids), bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-        self.bm25.index(_words(texts), show_progress=False)
+        self.bm25.index(WORDS(list(texts)), show_progress=False)
 
     def search(self, query_ids: Sequence[str], queries: Sequence[str], depth: int = DEPTH) -> Ranking:
         """The best `depth` documents of each query; `queries` are their texts."""
         ranking = {}
-        for query, words in zip(query_ids, _words(queries), strict=True):
+        for query, words in zip(query_ids, WORDS(list(queries)), strict=True):
             scores = self.bm25.get_scores_from_ids(self.bm25.get_tokens_ids(words))
             found = np.flatnonzero(scores)
             ranking[query] = [self.document_ids[d] for d in best_first(found, scores[found], depth)]
@@ -119,7 +121,3 @@ def dense_scores(
             ranking = DenseRetriever(found.corpus["id"], stored[layer]).search(found.queries["id"], queries[layer])
             tables.append(evaluate_retrieval(ranking, found.qrels, found.excluded).assign(task=task, layer=layer))
     return pd.concat(tables, ignore_index=True)[["task", "layer", "item", *METRICS]]
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)

@@ -10,7 +10,7 @@ from lib.core.encoder import SentenceEncoder
 from lib.data.retrieval import SETS, load_beir
 from lib.data.sts import STS_TASKS, load_sts
 from lib.data.transfer import TRANSFER_TASKS, load_transfer
-from lib.evaluation.intervals import SPEARMAN, Statistic, compare, mean_of
+from lib.evaluation.intervals import SPEARMAN, Runs, Statistic, compare, mean_of
 from lib.evaluation.retrieval import dense_scores
 from lib.evaluation.sts import sts_pairs
 from lib.evaluation.transfer import transfer_predictions
@@ -38,9 +38,7 @@ TRANSFER = suite("transfer", TRANSFER_TASKS, load_transfer, transfer_predictions
 RETRIEVAL = suite("retrieval", SETS, load_beir, dense_scores, mean_of("nDCG@10"), "nDCG@10")
 
 
-def compare_suite(
-    tasks: dict[str, Task], runs: dict[Hashable, pd.DataFrame], reference: Hashable | None = None, **options
-) -> pd.DataFrame:
+def compare_suite(tasks: dict[str, Task], runs: Runs, reference: Hashable = None, **options) -> pd.DataFrame:
     """`lib.evaluation.intervals.compare` of tables of items, one layer each, with the average of the suite's tasks or,
     where none of them is there (sample data), of all that are."""
     statistic, found = next(iter(tasks.values())).statistic, next(iter(runs.values()))["task"]

@@ -1,6 +1,4 @@
-"""Results on disk, tables, figures, and the papers' numbers beside ours. Nothing here computes a score.
-
-Read `session.py` first: it holds the one object that a notebook talks to. `results.py` stores what an evaluation gives
-and knows when that is stale, `settings.py` keeps the settings chosen for TP, `paper.py` compares with what others have
-published, and `figures.py` (with `figures_special.py`) draws. The room imports from `evaluation`, `data` and `core`.
-"""
+"""Results on disk, tables, figures, and the papers' numbers beside ours. Nothing here computes a score. Read first
+`session.py`: the one object that a notebook talks to. `results.py` stores what an evaluation gives and knows when that
+is stale, `settings.py` keeps the settings chosen for TP, `paper.py` compares with what others have published,
+`figures.py` and `figures_special.py` draw. The room imports from `evaluation`, `data` and `core`."""

@@ -4,8 +4,6 @@ A published number is `reproduced`, `differs`, `explained` (it differs, and `con
 `not run`, with the reason. The exit status is 1 if any number `differs`, else 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -15,7 +13,6 @@ import pandas as pd
 from lib.core.store import ROOT
 
 PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
-EXPLANATIONS = ROOT / "configs" / "explanations.csv"
 KEYS = ["model", "method", "tp", "task", "metric"]
 
 # Backbones that the papers report: hub id -> name in `data/paper/` and of the profile.
@@ -33,8 +30,7 @@ TOLERANCE = {"spearman_x100": 0.5, "accuracy_x100": 0.7, "time_ratio": 0.05, "nd
 
 def read_paper(table: str) -> pd.DataFrame:
     """A file of `data/paper/`, value as float64 and tp as bool. Raises `ValueError`, listing what exists."""
-    names = sorted(file.stem for file in PAPER.glob("*.csv"))
-    if table not in names:
+    if table not in (names := sorted(file.stem for file in PAPER.glob("*.csv"))):
         raise ValueError(f"No published table {table!r}; there are {', '.join(names)}.")
     return pd.read_csv(PAPER / f"{table}.csv", keep_default_na=False, dtype={"value": float, "tp": bool})
 
@@ -45,47 +41,24 @@ def sts_table(model: str) -> str:
 
 
 def beside_paper(ours: pd.DataFrame, table: str, model: str, sample: bool) -> pd.DataFrame:
-    """Every number of a published table beside ours.
-
-    Args:
-        ours: columns method, tp (bool), task and value, named as in the published table (main setting only), and metric
-            where that has more than one (else `ValueError`).
-        model: behind `ours`; another model's numbers are shown, but not called a reproduction.
-        sample: whether `ours` comes from sample data.
-
-    Returns `KEYS`, paper, ours, difference, source, grade and status: `reproduced`, `differs`, `other model`,
-    `sample data` or `not run`.
-    """
+    """Every number of a published table beside ours: `KEYS`, paper, ours, difference, status, source, grade. `ours` has
+    the columns method, tp (bool), task and value, named as in the published table (main setting only), and metric where
+    that has more than one (else `ValueError`). If `model`, which gave them, is not the published one, or if they come
+    from `sample` data, the status says so."""
     published = read_paper(table).query("variant == ''")
     if "metric" not in ours:
-        [metric] = published["metric"].unique()
-        ours = ours.assign(metric=metric)
+        ours = ours.assign(metric=published["metric"].drop_duplicates().item())
     merged = _differences(published, ours.rename(columns={"value": "ours"}), KEYS[1:])
-    merged["status"] = np.where(merged["within"], "reproduced", "differs")
-    merged.loc[merged["model"] != PAPER_MODELS.get(model, model), "status"] = "other model"
-    merged.loc[merged["ours"].notna() & sample, "status"] = "sample data"
-    merged.loc[merged["ours"].isna(), "status"] = "not run"
+    cases = {"not run": merged["ours"].isna(), "sample data": merged["ours"].notna() & sample,
+             "other model": merged["model"] != PAPER_MODELS.get(model, model), "reproduced": merged["within"]}
+    merged["status"] = np.select(list(cases.values()), list(cases), "differs")
     return merged[[*KEYS, "paper", "ours", "difference", "status", "source", "grade"]]
 
 
-def measured() -> pd.DataFrame:
-    """What the notebooks measured of published numbers: `KEYS`, ours, status and profile."""
-    columns, paths = [*KEYS, "ours", "status", "profile"], sorted(FIGURES.glob("*/*_beside_paper.csv"))
-    tables = [pd.read_csv(path).assign(profile=path.parent.name) for path in paths]
-    kept = [table[columns].dropna(subset="ours") for table in tables if {*columns} <= {*table}]
-    return pd.concat(kept) if kept else pd.DataFrame(columns=columns)
-
-
 def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFrame:
-    """Every published number once or, where several profiles measured it, once a profile.
-
-    Args:
-        measured: see `measured`. Numbers of another model than the published one, or from sample data, do not count.
-        explanations: columns table, `KEYS`, variant and explanation, all str; an empty one fits every value.
-
-    Returns:
-        Columns table, `KEYS`, variant, paper, ours, difference, tolerance, status, profile.
-    """
+    """Every published number once or, where several profiles measured it, once a profile, with a status and its reason.
+    `measured` has the columns `KEYS`, ours, status and profile; other models' numbers and those from sample data do not
+    count. `explanations` has table, `KEYS`, variant and explanation, all str; an empty one fits every value."""
     published = pd.concat(read_paper(path.stem).assign(table=path.stem) for path in sorted(PAPER.glob("*.csv")))
     same = measured.loc[~measured["status"].isin(["other model", "sample data"]), [*KEYS, "ours", "profile"]]
     merged = _differences(published, same.assign(variant=""), [*KEYS, "variant"])
@@ -97,8 +70,7 @@ def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFra
     }
     for name in PAPER_MODELS.values():
         cases[f"not run: needs a GPU and the model; ./run_all.sh {name}"] = merged["model"] == name
-    rest = "not run: a model that this project has no profile for"
-    merged["status"] = np.select(list(cases.values()), list(cases), rest)
+    merged["status"] = np.select(list(cases.values()), list(cases), "not run: there is no profile for the model")
     for reason in explanations.to_dict("records"):
         fits = merged["status"] == "differs"
         for key in ("table", *KEYS, "variant"):
@@ -117,8 +89,12 @@ def _differences(published: pd.DataFrame, ours: pd.DataFrame, keys: list[str]) -
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.report.paper", description=__doc__.partition("\n")[0])
     parser.add_argument("--measured", action="store_true", help="only those that were measured here")
-    only = parser.parse_args().measured
-    table = comparison(measured(), pd.read_csv(EXPLANATIONS, dtype=str, keep_default_na=False))
+    only, columns = parser.parse_args().measured, [*KEYS, "ours", "status", "profile"]
+    files = sorted(FIGURES.glob("*/*_beside_paper.csv"))
+    tables = [pd.read_csv(file).assign(profile=file.parent.name) for file in files]
+    kept = [table[columns].dropna(subset="ours") for table in tables if {*columns} <= {*table}]
+    measured = pd.concat(kept) if kept else pd.DataFrame(columns=columns)
+    table = comparison(measured, pd.read_csv(ROOT / "configs" / "explanations.csv", dtype=str, keep_default_na=False))
     print((table.dropna(subset="ours") if only else table).to_markdown(index=False, floatfmt=".2f"))
     counts = table["status"].str.partition(":")[0].value_counts()
     print(f"\n{len(table)} published numbers: " + ", ".join(f"{count} {status}" for status, count in counts.items()))

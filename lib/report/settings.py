@@ -1,10 +1,5 @@
-"""TP's settings, chosen on STS-B dev by `lib.studies.layers` and kept in a file a model.
-
-Those from real data lie in `configs/settings/`. Those from sample data stay in the folder of the run that chose them,
-and serve runs on sample data alone.
-"""
-
-from __future__ import annotations
+"""TP's settings, chosen on STS-B dev by `lib.studies.layers` and kept in a file a model, in `configs/settings/`. Those
+chosen on sample data stay in the folder of the run that chose them, and serve runs on sample data alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +27,11 @@ def settings_file(model: str, sample: bool = False, profile: str = "default") ->
 
 
 def load_settings(model: str, sample: bool = False, profile: str = "default") -> dict[str, Setting]:
-    """Prompt -> its setting. On sample data, what this profile chose there comes before what was chosen on real data.
-
-    Raises `FileNotFoundError` with the command that makes the file.
-    """
+    """Prompt -> its setting, on sample data first this profile's own. `FileNotFoundError` says how to choose them."""
     files = [settings_file(model), *([settings_file(model, True, profile)] if sample else [])]
     texts = processes.from_main(lambda: [file.read_text() for file in files if file.exists()])
     if not texts:
-        command = f"python -m lib.studies.layers {model}"
-        raise FileNotFoundError(f"No TP settings for {model}: {files[0].name} is not there. Make it with: {command}")
+        raise FileNotFoundError(f"{files[0].name} is not there. Make it with: python -m lib.studies.layers {model}")
     prompts = {name: chosen for text in texts for name, chosen in yaml.safe_load(text)["prompts"].items()}
     return {name: Setting(TokenPrepending(s["start"], s["end"]), s["exit"]) for name, s in prompts.items()}
 

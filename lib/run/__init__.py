@@ -1,6 +1,3 @@
-"""What `run_all.sh` calls; no notebook imports anything from here.
-
-Read `__main__` first: the command line, and how a notebook is executed. `kernels` makes their start quick, `publish`
-turns an executed copy into the committed notebook. `colab` is what a notebook's first cell calls on Google Colab.
-`environment.sh` creates the environment.
-"""
+"""What `run_all.sh` calls; no notebook imports anything from here. Read `__main__` first: the command line, and how a
+notebook is executed. `kernels` makes their start quick, `publish` turns an executed copy into the committed notebook,
+and `colab` is called by a notebook's first cell on Google Colab."""

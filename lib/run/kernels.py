@@ -1,61 +1,42 @@
 """Notebook kernels that are forked from one process which has imported the libraries, so that a run imports them once.
-
-That process computes nothing, loads no model and starts no thread: a kernel begins with the modules and nothing else.
-"""
-
-from __future__ import annotations
+It computes nothing, loads no model and starts no thread: a kernel begins with the modules and nothing else."""
 
 import atexit
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import threading
-from importlib.metadata import EntryPoint
-from multiprocessing import forkserver
-from pathlib import Path
-from types import SimpleNamespace
 
-from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+from ipykernel.kernelapp import IPKernelApp
+from jupyter_client.provisioning import LocalProvisioner
 
-# What takes seconds to import: with the first two most of what `lib` uses, and the bundled model's code.
-PRELOADED = ["lib.report.session", "lib.evaluation.transfer", "transformers.models.llama.modeling_llama"]
-PRELOADED += ["ipykernel.kernelapp"]
-CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else None)
+# What takes seconds to import: with the first two most of what `lib` uses, the bundled model's code, and a kernel's.
+PRELOADED = ["lib.report.session", "lib.evaluation.transfer", "transformers.models.llama.modeling_llama", __name__]
 
 
 def preload() -> None:
-    """Start the process that imports, and let Jupyter fork its kernels from it.
-
-    Only on Linux and without a GPU: elsewhere not every library survives a fork, and beside a GPU imports cost little.
-    """
+    """Start the process that imports, and let Jupyter fork its kernels from it. Only on Linux and without a GPU:
+    elsewhere not every library survives a fork, and beside a GPU imports cost little."""
     if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
-        CONTEXT.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
-        factory = KernelProvisionerFactory.instance()
-        factory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedKernel", factory.GROUP_NAME)
-        factory.default_provisioner_name = "forked"
+        multiprocessing.forkserver.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
+        LocalProvisioner.launch_kernel = fork_kernel
 
 
-class ForkedKernel(LocalProvisioner):
-    """Forks a kernel where Jupyter would start a Python."""
-
-    async def launch_kernel(self, cmd: list[str], **options) -> dict:
-        arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
-        process = CONTEXT.Process(target=_be_kernel, args=(arguments, options.get("cwd") or Path.cwd()))
-        process.start()
-        self.pid = process.pid
-        self.process = SimpleNamespace(  # what Jupyter uses of a subprocess.Popen
-            poll=lambda: process.exitcode, wait=lambda: process.join() or process.exitcode, kill=process.kill,
-            send_signal=lambda number: os.kill(process.pid, number), terminate=process.terminate,
-            stdin=None, stdout=None, stderr=None,
-        )
-        return self.connection_info
+async def fork_kernel(provisioner: LocalProvisioner, cmd: list[str], **options) -> dict:
+    """Stands in for a method that starts a Python. Jupyter then uses the process as it would a `subprocess.Popen`."""
+    arguments = cmd[cmd.index("ipykernel_launcher") + 1 :], options.get("cwd") or os.getcwd()
+    process = multiprocessing.get_context("forkserver").Process(target=_be_kernel, args=arguments)
+    process.start()
+    process.poll, process.wait = lambda: process.exitcode, lambda: process.join() or process.exitcode
+    process.send_signal = lambda number: os.kill(process.pid, number)
+    process.stdin = process.stdout = process.stderr = None
+    provisioner.process, provisioner.pid = process, process.pid
+    return provisioner.connection_info
 
 
-def _be_kernel(arguments: list[str], folder: Path) -> None:
+def _be_kernel(arguments: list[str], folder: str) -> None:
     """What a forked process does: it is a kernel in this folder until it is shut down or its runner is gone."""
-    from ipykernel.kernelapp import IPKernelApp
-
     os.setsid()  # an interrupt from the keyboard goes to the runner alone
     os.chdir(folder)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

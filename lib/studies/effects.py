@@ -1,9 +1,5 @@
-"""What the notebooks say about TP's effect: the variants of a prompt beside each other, and TP's ends beside the best.
-
-Nothing here runs a model. The tables of items come from `lib.evaluation`.
-"""
-
-from __future__ import annotations
+"""What notebooks 01 and 02 say about TP's effect, from tables of items that `lib.evaluation` made: a prompt's variants
+beside each other, and TP's ends beside the best."""
 
 from collections.abc import Callable
 
@@ -15,22 +11,14 @@ from lib.evaluation.intervals import compare, wide
 def compare_variants(
     runs: dict[str, dict[str, pd.DataFrame]], statistic: Callable, reference: str | None = None, draws: int = 10_000
 ) -> pd.DataFrame:
-    """Every variant of every prompt (baseline, TP, …) with its interval, and beside the reference of the same prompt.
-
-    Args:
-        runs: prompt -> variant -> table of items at one layer. statistic: from `lib.evaluation.intervals`.
-        reference: a variant; a prompt that does not have it gets no differences.
-
-    Returns:
-        Columns prompt, variant, layer and those of `lib.evaluation.intervals.compare` without run.
-    """
+    """Every variant (baseline, TP, …) of every prompt, beside the variant `reference` of that prompt where it has it.
+    `runs`: prompt -> variant -> table of items at one layer. Columns prompt, variant, layer and those of `compare`."""
     tables = []
     for prompt, variants in runs.items():
         table = compare(variants, statistic, reference if reference in variants else None, draws=draws)
-        layers = {variant: of["layer"].iloc[0] for variant, of in variants.items()}
-        tables.append(table.rename(columns={"run": "variant"}).assign(prompt=prompt, layer=table["run"].map(layers)))
-    table, names = pd.concat(tables, ignore_index=True), ["prompt", "variant", "layer"]
-    return table[[*names, *table.columns.drop(names)]]
+        layers = table["run"].map({variant: of["layer"].iloc[0] for variant, of in variants.items()})
+        tables.append(pd.DataFrame({"prompt": prompt, "variant": table.pop("run"), "layer": layers}).join(table))
+    return pd.concat(tables, ignore_index=True)
 
 
 def overall(table: pd.DataFrame) -> pd.DataFrame:
@@ -45,19 +33,11 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
-    """How each end of TP scores, and how it differs from the best of them, over the average of the tasks.
-
-    Args:
-        runs: end -> table of items, of the same items for all ends. statistic: from `lib.evaluation.intervals`.
-
-    Returns:
-        Columns end, value, low, high and, against the best end on the same resamples, difference (0 or less),
-        difference_low, difference_high. An end is worse than the best as far as the data can tell if difference_high is
-        below 0.
-    """
+    """How each end of TP (end -> table of items) scores over the tasks' average: columns end, value, low, high and,
+    against the best end on the same resamples, difference (0 or less), difference_low, difference_high. Where
+    difference_high is below 0, the end is worse as far as the data can tell."""
     scores = overall(compare(runs, statistic, draws=0))
-    reference = scores.loc[scores["value"].idxmax(), "run"]
-    table = overall(compare(runs, statistic, reference, draws=draws))
+    table = overall(compare(runs, statistic, scores.loc[scores["value"].idxmax(), "run"], draws=draws))
     return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)
 
 
@@ -72,8 +52,7 @@ def describe_ends(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
     if here == there:
         return f"{said}: the same end for both."
     # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.
-    ends = zip(tables.items(), (there, here), strict=True)
-    apart = " and ".join(name for (name, table), end in ends if table.loc[end, "difference_high"] < 0)
+    apart = " and ".join(name for name, of in tables.items() if of.loc[[here, there], "difference_high"].min() < 0)
     told = f"paired intervals tell them apart on {apart}" if apart else "no paired interval tells them apart"
     return f"{said}: {'deeper' if here > there else 'less deep'} for transfer, and {told}."
 

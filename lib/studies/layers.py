@@ -1,79 +1,59 @@
-"""Where Token Prepending should start, end and be read, and what its effect hangs on: notebook 03.
-
-This module also chooses the settings of a model on STS-B dev: `python -m lib.studies.layers MODEL`.
-"""
-
-from __future__ import annotations
+"""Notebook 03: where Token Prepending should start, end and be read, what its effect hangs on, and what a sentence's
+tokens know of what comes after them. `python -m lib.studies.layers MODEL` chooses a model's settings on STS-B dev."""
 
 import argparse
-import math
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import pandas as pd
+import torch
+import yaml
 
 from lib.core import processes
 from lib.core.backbone import Backbone, load_backbone
 from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PLACEHOLDER, PROMPTS, Prompt, get_prompt
+from lib.core.forward import check_finite, read_states, safe_float16
+from lib.core.prompts import PROMPTS, Prompt, get_prompt
 from lib.core.store import ROOT, EmbeddingStore
 from lib.core.token_prepending import TokenPrepending
 from lib.core.variants import Variant, closing_tokens
 from lib.data.sources import EvaluationData, find_source
 from lib.data.sts import dev_task, load_sts
-from lib.evaluation.intervals import SPEARMAN, compare
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report.paper import read_paper
 from lib.report.settings import save_settings, settings_file
 
-# The search. First round, on few pairs: these spans. Second round: the best few of them and the baseline, on all pairs.
+# The search's first round tries these spans on few pairs, the second the best of them and the baseline on all pairs.
 # No span starts late: there the score hangs on the placeholder's random vector (notebook 03), so the choice is luck.
-SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (2, 3), (2, 6))
-COARSE_SPANS = ((1, 2), (1, 8))
+SPANS, COARSE_SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (2, 3), (2, 6)), ((1, 2), (1, 8))
 FIRST_PAIRS, FINALISTS, FEWEST_PAIRS = 60, 2, 3
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
 def score_spans(
-    backbone: Backbone, prompt: str, spans: Iterable[tuple[int, int]], data: EvaluationData, layers: Iterable[int],
-    store: EmbeddingStore | None = None,
+    backbone: Backbone, prompt: str, spans: Iterable[tuple], data: EvaluationData, layers: Sequence[int], store=None
 ) -> pd.DataFrame:
-    """Spearman x 100 of the baseline and of TP with these spans at each layer; one pass serves all layers.
-
-    Args:
-        spans: (start, end) of TP. data: STS pairs, from `load_sts`. layers: in Hugging Face's numbering.
-        store: where embeddings are looked for and put; None: all are computed.
-
-    Returns:
-        Columns prompt, start, end, exit_layer, value, difference (from the baseline at the same layer), pairs; start
-        and end are -1 for the baseline.
-    """
-    rows, layers, baseline = [], list(layers), {}
+    """Spearman x 100 of the baseline and of TP with these spans (start, end) on STS pairs, at layers in Hugging Face's
+    numbering, all from one pass. Columns prompt, start, end (both -1 for the baseline), exit_layer, value, difference
+    (from the baseline at the same layer) and pairs (how many)."""
+    rows, baseline = [], {}
     for start, end in [(-1, -1), *spans]:
         method = TokenPrepending(start, end) if end > 0 else None
         pairs = sts_pairs(SentenceEncoder(backbone, prompt, method, store=store), {data.name: data}, layers)
         for layer, of in pairs.groupby("layer"):
             value = spearman(of["gold"], of["similarity"])
-            difference = value - baseline.setdefault(layer, value)
-            rows.append((prompt, start, end, layer, value, difference, len(of)))
+            rows.append((prompt, start, end, layer, value, value - baseline.setdefault(layer, value), len(of)))
     return pd.DataFrame(rows, columns=["prompt", "start", "end", "exit_layer", "value", "difference", "pairs"])
 
 
-def scores_by_layer(pairs: pd.DataFrame, draws: int = 10_000) -> pd.DataFrame:
-    """Spearman x 100 with its 95 % interval at each layer of a table from `sts_pairs`: exit_layer, value, low, high."""
-    table = compare({layer: of for layer, of in pairs.groupby("layer")}, SPEARMAN, draws=draws)
-    return table.rename(columns={"run": "exit_layer"})[["exit_layer", "value", "low", "high"]]
-
-
 def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | None, store=None) -> pd.DataFrame:
-    """The scores of the search's second round for one prompt, in the columns of `score_spans`.
-
-    The first round tries all spans on the first `FIRST_PAIRS` pairs of `data`, the second the best of them on the first
-    `pairs`. Exit layers are the last third. A prompt of many templates costs as many passes, so its search is coarser:
-    two spans, on the first round's pairs only.
-    """
+    """`score_spans` of the search's second round: on the first `pairs` of `data`, at the last third of the layers. A
+    prompt of many templates costs as many passes: two spans are tried, on the first round's pairs only."""
     last, coarse = backbone.num_layers, len(get_prompt(prompt).templates) > 2
     layers, few = range(last - last // 3, last + 1), data.first(min(FIRST_PAIRS, pairs or FIRST_PAIRS))
     tried = [span for span in (COARSE_SPANS if coarse else SPANS) if span[1] <= last]
@@ -83,10 +63,7 @@ def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | N
 
 
 def best(scores: pd.DataFrame) -> pd.Series:
-    """The row with the highest score; among equals the one with the fewest blocks, then the shortest span.
-
-    Raises `ValueError` where no row has a score.
-    """
+    """The row with the highest score, of equals the one with the fewest blocks. `ValueError` if no row has a score."""
     found = scores.dropna(subset="value")
     if found.empty:
         raise ValueError("No setting has a score: the similarities or the human scores are all the same.")
@@ -96,31 +73,24 @@ def best(scores: pd.DataFrame) -> pd.Series:
 def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | None, store=None) -> dict:
     """The best setting of a prompt, with the scores that it was chosen by and those of the baseline."""
     scores = search(backbone, prompt, data, pairs, store)
-    chosen, baseline = best(scores[scores["end"] > 0]), best(scores[scores["end"] < 0])
-    return {"start": int(chosen["start"]), "end": int(chosen["end"]), "exit": int(chosen["exit_layer"])} | {
-        "dev_tp": round(float(chosen["value"]), 2),
-        "dev_baseline_same_exit": round(float(chosen["value"] - chosen["difference"]), 2),
-        "dev_baseline_best": round(float(baseline["value"]), 2),
-        "dev_baseline_best_exit": int(baseline["exit_layer"]),
-        "dev_pairs": int(chosen["pairs"]),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+    chosen, baseline = (best(scores[rows]).to_dict() for rows in (scores["end"] > 0, scores["end"] < 0))
+    return {
+        "start": chosen["start"], "end": chosen["end"], "exit": chosen["exit_layer"],
+        "dev_tp": round(chosen["value"], 2), "dev_baseline_same_exit": round(chosen["value"] - chosen["difference"], 2),
+        "dev_baseline_best": round(baseline["value"], 2), "dev_baseline_best_exit": baseline["exit_layer"],
+        "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch."),
     }
 
 
-def choose(
-    backbone: Backbone, prompts: Iterable[str], pairs: int | None = 500, store=None, profile: str = "default"
-) -> Path:
-    """Search every prompt on the first `pairs` STS-B dev pairs, and write its setting as soon as it is found.
-
-    Settings found on sample data go to the folder of `profile` under `runs/`. Of several processes the main one writes,
-    and the others wait for it. Returns the file. Raises `ValueError` for fewer than three pairs.
-    """
+def choose(backbone: Backbone, prompts: Iterable[str], pairs: int | None = 500, store=None, profile="default") -> Path:
+    """Search every prompt on the first `pairs` STS-B dev pairs, write its setting as soon as it is found, on sample
+    data to the folder of `profile` under `runs/`, and return the file. Of several processes the main one writes, and
+    the others wait for it. `ValueError` for fewer than three pairs."""
     if pairs is not None and pairs < FEWEST_PAIRS:
         raise ValueError(f"A correlation, by which settings are chosen, needs {FEWEST_PAIRS} pairs; got {pairs}.")
     source, data = find_source(), load_sts(dev_task(), "dev")
     about = {
-        "model": backbone.name,
-        "revision": backbone.revision,
+        "model": backbone.name, "revision": backbone.revision,
         "numbering": "start, end: 0-based blocks, end not included; exit: Hugging Face's state, last after final norm",
         "chosen_by": f"highest Spearman x 100 on dev_pairs pairs of {data.name} dev ({source.label}), the first of its "
         f"permutation; tried first on {FIRST_PAIRS} of them, the best {FINALISTS} spans again on all",
@@ -134,77 +104,85 @@ def choose(
     return path
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the ablation table: what is changed, and the published row that it stands beside (its variant)."""
-
-    family: str
-    label: str
-    prompt: Prompt
-    method: TokenPrepending | None
-    paper: str | None = None
+# A row of the ablation table. paper: the published score minus that of TP, NaN where the paper has no such row.
+Row = namedtuple("Row", "family label prompt method paper")
 
 
 def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: Iterable[int]) -> list[Row]:
-    """Everything that is changed about TP with the span of `tp` on a prompt, one thing at a time.
-
-    The first row is TP itself and the second the baseline. Rows that a prompt's wording or the model's depth does not
-    allow are left out. Source: arXiv 2412.11556, section 5 and appendix A.
-    """
-    depth, fields, template = backbone.num_layers, asdict(tp), prompt.templates[0]
-    change, variant = partial(replace, tp), partial(Variant, **fields)
-    closing = closing_tokens(backbone, prompt)
-    rows = [
-        Row("main", "TP", prompt, tp, ""),
-        Row("main", "baseline", prompt, None),
-        Row("place", "start of the prompt", prompt, change(place="start"), "place=start_of_prompt"),
-        Row("place", "inside the quotes, before the text", prompt, change(place="in_quote"), "place=inside_quotes"),
-        Row("place", "inside the quotes, after the text", prompt, change(place="after_text"), "place=after_text"),
-        *(Row("initial vector", init, prompt, change(init=init), f"init={paper}")
-          for init, paper in (("zeros", "zeros"), ("ones", "ones"), ("uniform", "uniform"), ("space", "space_token"))),
-        *(Row("initial vector", f"normal, seed {n}", prompt, change(seed=n)) for n in seeds if n != tp.seed),
-        *(Row("number of placeholders", str(n), prompt, change(count=n), f"count={n}") for n in (2, 3, 4)),
-        Row("what is written", "nothing", prompt, variant(write="nothing")),
-        Row("what is written", "mean after the placeholder", prompt, variant(write="mean")),
-        Row("what is written", "state one block older", prompt, variant(write="older")) if tp.start else None,
-        Row("what is written", "state of the same block", prompt, variant(write="same")),
-        Row("hidden", "before the span", prompt, variant(hide="before"), "hide_first_layer=true") if tp.start else None,
-        Row("hidden", "after the span", prompt, variant(hide="after")),
-        *(Row("resumed", f"again from block {at}", prompt, variant(resume=at))
-          for at in sorted({tp.end + 1, tp.end + 3, depth // 2, depth - 6}) if tp.end < at < depth),
-    ]
-    family = "attention both ways, no TP"
-    for span in ("last_token", "sentence"):
-        label, opened = span.replace("_", " "), variant(write="nothing", open=span, closing=closing)
-        everywhere = replace(opened, start=0, end=depth)
-        rows.append(Row(family, f"{label}, all blocks", prompt, everywhere, f"attention=bidirectional;span={span}"))
-        rows.append(Row(family, f"{label}, blocks {tp.start} to {tp.end - 1}", prompt, opened))
-    for family, label, name, words, other, paper in _REWORDINGS:
+    """TP itself, the baseline, and TP with one thing changed, as `ablations.yaml` has it, with the span of `tp`. Rows
+    that the prompt's wording or the model's depth forbids are left out (arXiv 2412.11556, section 5 and appendix A)."""
+    name, template, depth, fields = prompt.name, prompt.templates[0], backbone.num_layers, asdict(tp)
+    asked = "method == @name and metric == 'spearman_x100' and task == 'Avg' and (tp or variant != '')"
+    published = read_paper("a5_ablations").query(asked).set_index("variant")["value"].to_dict()
+    families = yaml.safe_load(Path(__file__).with_name("ablations.yaml").read_text(encoding="utf-8"))
+    families["initial vector"] |= {f"normal, seed {n}": {"seed": n} for n in seeds if n != tp.seed}
+    again = sorted({tp.end + 1, tp.end + 3, depth // 2, depth - 6})
+    families["resumed"] |= {f"again from block {at}": {"resume": at} for at in again if tp.end < at < depth}
+    for span, label in (("last_token", "last token"), ("sentence", "sentence")):
+        opened = {"write": "nothing", "open": span, "closing": closing_tokens(backbone, prompt)}
+        everywhere = opened | {"start": 0, "end": depth, "paper": f"attention=bidirectional;span={span}"}
+        both = {f"{label}, all blocks": everywhere, f"{label}, blocks {tp.start} to {tp.end - 1}": opened}
+        families["attention both ways, no TP"] |= both
+    if tp.start == 0:  # no block stands before the span
+        del families["what is written"]["state one block older"], families["hidden"]["before the span"]
+    rows = [Row("main", "TP", prompt, tp, ""), Row("main", "baseline", prompt, None, None)]
+    for family, label, change in [(family, *row) for family, changes in families.items() for row in changes.items()]:
+        paper, (words, others) = change.pop("paper", None), change.pop("words", ("", ""))
+        method = replace(tp, **change) if change.keys() <= fields.keys() else Variant(**fields | change)
         if words in template:
-            reworded = replace(prompt, name=f"{prompt.name}-{name}", templates=(template.replace(words, other),))
-            rows.append(Row(family, label, reworded, tp, paper))
-    return [row for row in rows if row]
+            reworded = replace(prompt, name=f"{name}-reworded", templates=(template.replace(words, others),))
+            rows.append(Row(family, label, reworded if words else prompt, method, paper))
+    return [row._replace(paper=published.get(row.paper, nan) - published.get("", nan)) for row in rows]
 
 
-# Family, label, ending of the prompt's name, words of the template, what stands in their place, published row. The
-# roles are worded by us: those of the paper's prompts A to D are not known to us. Pretended CoT and KE have words
-# before "this sentence". PromptEOL begins with "This sentence", where that place is the start of the prompt.
-_REWORDINGS = (
-    ("textual role", "sentence , in short _ :", "role",
-     'sentence : "', f'sentence , in short {PLACEHOLDER} : "', None),
-    ("textual role", "sentence , whose meaning is _ :", "role",
-     'sentence : "', f'sentence , whose meaning is {PLACEHOLDER} : "', None),
-    ("place", 'before "this sentence"', "moved",
-     "this sentence", f"{PLACEHOLDER} this sentence", "place=before_this_sentence"),
-)
+def context_dependency(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd.DataFrame:
+    """Spearman x 100, over the hidden dimensions, of each sentence token's state with the last token's at the exit
+    layer; arXiv 2412.11556, section 5.9, reads a rise under TP as a stronger dependency on later context. Columns
+    sentence and token (their places) and correlation. `FloatingPointError` if a state is not finite."""
+    layer, rows = encoder.exit_layer, []
+    for number, sentence in enumerate(sentences):
+        batch, span, attached = _one(encoder, sentence)
+        with attached:
+            states = read_states(encoder.backbone, batch.ids, [layer])[layer][0].float().cpu().numpy()
+        check_finite(states, encoder.backbone.name, encoder.backbone.dtype)
+        rows += [(number, token, spearman(states[-1], state)) for token, state in enumerate(states[span])]
+    return pd.DataFrame(rows, columns=["sentence", "token", "correlation"])
 
 
-def published_changes(prompt: str, rows: Sequence[Row]) -> list[float]:
-    """What the paper reports for these changes: their score minus that of TP, NaN where it has no such row."""
-    table = read_paper("a5_ablations").query("method == @prompt and metric == 'spearman_x100' and task == 'Avg'")
-    table = table[table["tp"] | (table["variant"] != "")]
-    scores = table.set_index("variant")["value"].to_dict()
-    return [scores.get(row.paper, math.nan) - scores.get("", math.nan) for row in rows]
+def attention_to_placeholder(encoder: SentenceEncoder, sentences: Sequence[str]) -> pd.DataFrame:
+    """The share of its attention that each sentence token gives to the placeholder in each block, mean over the heads.
+    Needs an encoder whose method has one placeholder. Returns columns sentence, block (0-based), token (its place in
+    the sentence), text and share (0 to 1). `FloatingPointError` if a share is not finite: the pass overflowed."""
+    backbone, rows = encoder.backbone, []
+    for number, sentence in enumerate(sentences):
+        batch, span, attached = _one(encoder, sentence)
+        safe = safe_float16(backbone.layers[0], backbone.device, backbone.dtype)
+        with torch.inference_mode(), attached, safe, ExitStack() as afterwards:
+            afterwards.callback(backbone.model.set_attn_implementation, backbone.model.config._attn_implementation)
+            backbone.model.set_attn_implementation("eager")  # the implementation that hands its weights out
+            attentions = backbone.base(input_ids=batch.ids, use_cache=False, output_attentions=True).attentions
+        texts = [backbone.tokenizer.decode(token).strip() for token in batch.ids[0, span]]
+        for block, weights in enumerate(attentions):
+            shares = weights[0, :, span, int(batch.placeholders)].float().mean(dim=0)
+            check_finite(shares, backbone.name, backbone.dtype)
+            rows += [(number, block, *row) for row in zip(range(len(texts)), texts, shares.tolist(), strict=True)]
+    return pd.DataFrame(rows, columns=["sentence", "block", "token", "text", "share"])
+
+
+def by_sentence(table: pd.DataFrame, column: str, task: str) -> pd.DataFrame:
+    """Mean of a column over each sentence, as `compare` takes it: task, item, the column. `task` is a column, whose
+    every value is then a task (`"block"`), or any other name for all rows together."""
+    table = table if task in table else table.assign(**{task: task})
+    means = table.groupby([task, "sentence"], as_index=False)[column].mean()
+    return means.rename(columns={task: "task", "sentence": "item"}).astype({"task": str})
+
+
+def _one(encoder: SentenceEncoder, sentence: str):
+    """One sentence in the first template: its batch of one row, the slice of its own tokens, the method attached."""
+    encoder = encoder.changed(share_prefix=False, pooling="mean")  # a mean needs to know where the sentence begins
+    batch = encoder.batch(encoder.passes([sentence])[0].rows, [0])
+    span = slice(int(batch.first), int(batch.last) + 1 - closing_tokens(encoder.backbone, encoder.prompt))
+    return batch, span, encoder.method.attach(encoder.backbone, batch) if encoder.method else nullcontext()
 
 
 def main() -> None:

@@ -1,40 +1,125 @@
-"""Retrieval sets under one encoder (notebook 06): rankings, the settings of sparse retrieval, and what a search costs."""
-
-from __future__ import annotations
+"""Sparse retrieval with aligned tokens (arXiv 2406.17378) beside other ways, its settings and its cost: notebook 06."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
+from typing import Self
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from lib.core.backbone import Backbone
 from lib.core.postprocess import ComponentRemoved, principal_components
 from lib.data.retrieval import RetrievalData
-from lib.evaluation.alignment import output_matrix
+from lib.evaluation import retrieval
+from lib.evaluation.alignment import logit_chunks, mean_logits, output_matrix, top_tokens
 from lib.evaluation.intervals import compare, mean_of
-from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, Ranking, evaluate_retrieval, reciprocal_rank_fusion
+from lib.evaluation.retrieval import DEPTH, BM25Retriever, DenseRetriever, Ranking, best_first, evaluate_retrieval
 from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens, token_classes
-from lib.studies.cost import QUARTILES, measure
-from lib.studies.sparse import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting, collection_tokens
+from lib.studies.cost import QUARTILES, measure, ratio_quartiles
+
+# What a document's token weighs, by its logit (minus the corpus mean, if that was taken off).
+WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logits, 0))}
+# How logits become weights: name -> what differs from `SparseSetting`'s defaults.
+WEIGHTINGS = {
+    "logit": {"centred": False},
+    "logit - mean": {},
+    "log(1 + logit - mean)": {"weight": "log1p"},
+    "(logit - mean) x idf": {"idf": True},
+    "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
+}
+
+
+@dataclass(frozen=True)
+class SparseSetting:
+    """How texts become tokens with weights."""
+
+    k: int = 128  # aligned tokens of a document
+    m: int = 0  # aligned tokens of a query besides its own
+    centred: bool = True  # whether logits are taken minus the corpus mean of their token
+    weight: str = "logit"  # a key of `WEIGHTS`
+    idf: bool = False  # whether weights are multiplied by BM25's inverse document frequency
+
+
+@dataclass(frozen=True)
+class AlignedTokens:
+    """The tokens with the highest logits of each text, best first. An index cuts both arrays, as in `tokens[:, :k]`."""
+
+    ids: np.ndarray  # int32 (texts, K)
+    values: np.ndarray  # float32 (texts, K)
+    vocabulary: int
+    centred: bool
+
+    def __getitem__(self, index) -> Self:
+        return replace(self, ids=self.ids[index], values=self.values[index])
+
+
+class SparseRetriever:
+    """An inverted index: token -> the documents that align to it, with weights; a CSR matrix (vocabulary, documents). A
+    document's score is the sum of its weights over the query's set of tokens; those that share none are not ranked.
+    `AlignedTokens` fewer than the setting wants, or centred where it says they are not, are a `ValueError`."""
+
+    def __init__(self, document_ids: Sequence[str], documents: AlignedTokens, setting: SparseSetting):
+        self.document_ids, self.setting = list(document_ids), setting
+        documents = self._first(documents, setting.k)
+        weights = WEIGHTS[setting.weight](documents.values).astype(np.float32)
+        # 32 bits as long as they count to the end; the positions of the index take the type of these.
+        starts = np.arange(0, weights.size + 1, setting.k, np.int32 if weights.size < 2**31 else np.int64)
+        tokens = documents.ids.flatten()  # a copy, because removing zeros moves entries in place
+        by_document = csr_array((weights.ravel(), tokens, starts), shape=(len(weights), documents.vocabulary))
+        by_document.eliminate_zeros()
+        self.index: csr_array = by_document.tocsc().T
+        self.frequency = np.diff(self.index.indptr)
+        if setting.idf:
+            idf = np.log1p((len(weights) - self.frequency + 0.5) / (self.frequency + 0.5))
+            self.index.data *= np.repeat(idf, self.frequency).astype(np.float32)
+
+    def queries(self, own: Sequence[Collection[int]], aligned: AlignedTokens | None = None) -> csr_array:
+        """Each query's set of tokens, `own` (from `text_tokens`, under the rule that documents' tokens were chosen by)
+        and the first M aligned ones, as ones in a matrix (queries, vocabulary)."""
+        more = self._first(aligned, self.setting.m).ids if self.setting.m else [()] * len(own)
+        sets = [np.union1d(*pair).astype(np.int32) for pair in zip(own, more, strict=True)]
+        starts = np.cumsum([0, *map(len, sets)], dtype=np.int32)
+        columns = np.concatenate(sets)
+        return csr_array((np.ones(len(columns), np.float32), columns, starts), (len(sets), self.index.shape[0]))
+
+    def search(self, query_ids: Sequence[str], queries: csr_array, depth: int = DEPTH) -> Ranking:
+        """The ranking of each query; `queries` has a row for each id, from the method of that name."""
+        ranking = {}
+        for i, query in enumerate(query_ids):
+            scores = queries[i : i + 1] @ self.index
+            ranking[query] = [self.document_ids[d] for d in best_first(scores.indices, scores.data, depth)]
+        return ranking
+
+    @property
+    def bytes_per_document(self) -> float:
+        """Of the index, mean over the documents."""
+        return sum(getattr(self.index, part).nbytes for part in ("data", "indices", "indptr")) / len(self.document_ids)
+
+    def operations(self, queries: csr_array) -> np.ndarray:
+        """Additions for each query: the entries of the index (postings) that it touches. One with m > 0 also goes
+        through the unembedding: hidden x vocabulary multiply-adds in any collection."""
+        return queries @ self.frequency
+
+    def _first(self, tokens: AlignedTokens | None, count: int) -> AlignedTokens:
+        """The first tokens of each text, which must be there and fit the setting."""
+        if tokens is None or tokens.ids.shape[1] < count or tokens.centred != self.setting.centred:
+            found = "none" if tokens is None else f"{tokens.ids.shape[1]}, with centred={tokens.centred}"
+            raise ValueError(f"{self.setting} wants {count} aligned tokens of a text; there are {found}.")
+        return tokens[:, :count]
 
 
 @dataclass
 class EncodedSet:
-    """Embeddings of a retrieval set's documents and queries, float32 (texts, hidden), and what decodes them.
-
-    Args:
-        layer: that of the embeddings. deepest: the highest K and M that tokens are kept for.
-    """
+    """Embeddings of a retrieval set's documents and queries, float32 (texts, hidden), and what decodes them."""
 
     data: RetrievalData
     documents: np.ndarray
     queries: np.ndarray
     decoder: Backbone
-    layer: int
-    deepest: tuple[int, int]
+    layer: int  # of the embeddings
+    deepest: tuple[int, int]  # the highest K and M that tokens are kept for
     _tokens: dict = field(default_factory=dict)
 
     def own(self, rule: TokenRule = DEFAULT_RULE) -> list[np.ndarray]:
@@ -45,8 +130,12 @@ class EncodedSet:
     def tokens(self, centred: bool, rule: TokenRule = DEFAULT_RULE) -> tuple[AlignedTokens, AlignedTokens]:
         """The aligned tokens of documents and of queries; `centred` subtracts the documents' mean logits from both."""
         if (centred, rule) not in self._tokens:
-            embeddings = self.decoder, self.documents, self.queries, self.layer
-            self._tokens[centred, rule] = collection_tokens(*embeddings, rule, centred, *self.deepest)
+            size, sides = len(output_matrix(self.decoder)), (self.documents, self.queries)
+            classes = token_classes(self.decoder.tokenizer, size, rule)
+            mean = mean_logits(logit_chunks(self.decoder, self.documents, self.layer, classes)) if centred else None
+            found = (top_tokens(self.decoder, of, self.layer, k, classes, mean) for of, k in zip(sides, self.deepest))
+            kept = tuple(AlignedTokens(ids.astype(np.int32), values, size, centred) for ids, values in found)
+            self._tokens[centred, rule] = kept
         return self._tokens[centred, rule]
 
     def sparse(self, setting: SparseSetting, queries: Sequence[str], rule: TokenRule = DEFAULT_RULE) -> Ranking:
@@ -59,7 +148,7 @@ class EncodedSet:
         """The ranking of these queries (ids) by cosine similarity."""
         return DenseRetriever(self.data.corpus["id"], self.documents).search(queries, self.queries[self._rows(queries)])
 
-    def without_first_component(self) -> EncodedSet:
+    def without_first_component(self) -> Self:
         """The same without the first principal component of the documents' embeddings (uncentred)."""
         remove = ComponentRemoved(principal_components(self.documents)[0][0])
         return replace(self, documents=remove(self.documents), queries=remove(self.queries), _tokens={})
@@ -73,39 +162,33 @@ class EncodedSet:
         return [place[query] for query in queries]
 
 
-def encode_set(
-    encoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int], of_documents=None
-) -> EncodedSet:
-    """Encode a set; documents by `of_documents` where an embedder has another prompt for them."""
-    documents = (of_documents or encoder).encode(data.corpus["text"])
-    return EncodedSet(data, documents, encoder.encode(data.queries["text"]), decoder, encoder.exit_layer, deepest)
+def encode_set(encoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int], documents=None) -> EncodedSet:
+    """Encode a set; `documents` encodes its documents where an embedder has another prompt for them."""
+    sides = (documents or encoder).encode(data.corpus["text"]), encoder.encode(data.queries["text"])
+    return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest)
 
 
 def all_rankings(
-    encoded: dict[str, EncodedSet], best: str, setting: SparseSetting, queries: Sequence[str], rule: TokenRule = DEFAULT_RULE
+    encoded: dict[str, EncodedSet], best: str, setting: SparseSetting, queries: Sequence[str],
+    rule: TokenRule = DEFAULT_RULE,
 ) -> dict[str, tuple[str, Ranking]]:
-    """BM25, every method dense and sparse, and the method `best` fused: label -> kind and ranking of these queries (ids).
-
-    Args:
-        encoded: method -> the same set under its encoder. setting, rule: of the sparse rankings.
-    """
-    corpus, texts = encoded[best].data.corpus, dict(zip(*(encoded[best].data.queries[c] for c in ("id", "text"))))
+    """BM25, every method dense and sparse, and the method `best` fused: label -> kind and ranking of the queries (ids).
+    `encoded`: method -> the same set under its encoder. `setting` and `rule` are those of the sparse rankings."""
+    corpus, texts = encoded[best].data.corpus, dict(zip(*(encoded[best].data.queries[key] for key in ("id", "text"))))
     bm25 = BM25Retriever(corpus["id"], corpus["text"]).search(queries, [texts[query] for query in queries])
     found = {"BM25": ("BM25", bm25)}
     for method, of in encoded.items():
         found[f"{method}, dense"] = "dense", of.dense(queries)
         found[f"{method}, sparse"] = "sparse", of.sparse(setting, queries, rule)
-    single = {"BM25": bm25, "dense": found[f"{best}, dense"][1], "sparse": found[f"{best}, sparse"][1]}
     for one, two in (("dense", "sparse"), ("sparse", "BM25"), ("dense", "BM25")):
-        found[f"{best}, {one} + {two}"] = "fused", reciprocal_rank_fusion([single[one], single[two]])
+        pair = [found[kind if kind == "BM25" else f"{best}, {kind}"][1] for kind in (one, two)]
+        found[f"{best}, {one} + {two}"] = "fused", retrieval.reciprocal_rank_fusion(pair)
     return found
 
 
 def kept_of_dense(runs: dict[str, pd.DataFrame], methods: Iterable[str], draws: int) -> pd.DataFrame:
     """Sparse over dense nDCG@10 of the same embeddings: columns set, method, dense, sparse, kept, kept_low, kept_high.
-
-    `runs`: labels of `all_rankings` -> tables of `evaluate_retrieval` with the column task.
-    """
+    `runs`: label of `all_rankings` -> table of `evaluate_retrieval` with the column task."""
     parts = []
     for method in methods:
         pair = {kind: runs[f"{method}, {kind}"] for kind in ("dense", "sparse")}
@@ -119,64 +202,42 @@ def common_part(
     encoded: dict[str, EncodedSet], setting: SparseSetting, queries: dict[str, Sequence[str]], rule: TokenRule
 ) -> pd.DataFrame:
     """Two ways to take away what all documents have in common, and both: columns logits, and nDCG@10 of each set."""
-    ways = {"as they are": (False, False), "mean logits subtracted": (False, True), "first component removed": (True, False),
-            "both": (True, True)}
-    rows = []
-    for way, (removed, centred) in ways.items():
-        sides = {name: of.without_first_component() if removed else of for name, of in encoded.items()}
-        rankings = {name: of.sparse(replace(setting, centred=centred), queries[name], rule) for name, of in sides.items()}
-        rows.append({"logits": way} | {name: sides[name].score(ranking).mean() for name, ranking in rankings.items()})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame({"logits": ["as they are", "mean logits subtracted", "first component removed", "both"]})
+    for name, of in encoded.items():
+        ways = product((of, of.without_first_component()), (False, True))
+        rankings = (side.sparse(replace(setting, centred=centred), queries[name], rule) for side, centred in ways)
+        table[name] = [of.score(ranking).mean() for ranking in rankings]
+    return table
 
 
 def setting_scores(encoded: EncodedSet, ks: Iterable[int], ms: Iterable[int]) -> pd.DataFrame:
     """nDCG@10 of each query (rows, by id) under every setting (columns k, m, weighting)."""
-    queries, columns = encoded.data.queries["id"], {}
-    for k, m, (name, changes) in product(ks, ms, WEIGHTINGS.items()):
-        columns[k, m, name] = encoded.score(encoded.sparse(SparseSetting(k, m, **changes), queries))
-    return pd.DataFrame(columns).rename_axis(columns=["k", "m", "weighting"])
+    settings = {(k, m, name): SparseSetting(k, m, **WEIGHTINGS[name]) for k, m, name in product(ks, ms, WEIGHTINGS)}
+    scores = {key: encoded.score(encoded.sparse(of, encoded.data.queries["id"])) for key, of in settings.items()}
+    return pd.DataFrame(scores).rename_axis(columns=["k", "m", "weighting"])
 
 
 def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
-    """K, M and weighting from tables of `setting_scores`, one a set: the smallest K that reaches 95 % of the best mean, and
-    the M and weighting that are best for it."""
+    """K, M and weighting from tables of `setting_scores`, a set each: the smallest K that reaches 95 % of the best
+    mean, and the M and weighting that are best for it."""
     mean = pd.concat([table.mean() for table in scores], axis=1).mean(axis=1)
     sizes = mean.index.get_level_values("k")
     return mean[sizes == sizes[mean >= 0.95 * mean.max()].min()].idxmax()
 
 
 def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], halvings: int = 5) -> pd.DataFrame:
-    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other.
-
-    Args:
-        scores: set -> table of `setting_scores`. dense: set -> nDCG@10 by query.
-        halvings: seeded ones; each is used both ways.
-
-    Returns:
-        Columns set, halving, k, m, weighting, kept.
-    """
+    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other,
+    both ways, for several seeded halvings: columns set, halving, k, m, weighting, kept. `scores`: set -> table of
+    `setting_scores`; `dense`: set -> nDCG@10 of each query."""
     generator, rows = np.random.default_rng(0), []
     for halving in range(halvings):
         halves = {name: np.array_split(generator.permutation(list(table.index)), 2) for name, table in scores.items()}
-        for chosen, scored in ((0, 1), (1, 0)):
+        for chosen in (0, 1):
             setting = choose_setting(table.loc[halves[name][chosen]] for name, table in scores.items())
             for name, table in scores.items():
-                half = halves[name][scored]
-                kept = table.loc[half, setting].mean() / dense[name][half].mean()
-                rows.append((name, halving, *setting, kept))
+                rest = halves[name][1 - chosen]
+                rows.append((name, halving, *setting, table.loc[rest, setting].mean() / dense[name][rest].mean()))
     return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])
-
-
-def synthetic_rows(real: int, count: int) -> np.ndarray:
-    """Which of `real` documents make up a collection of `count`.
-
-    Some of them, each once, or all of them and then documents drawn again and again. Token frequencies stay as they are,
-    so the lists of the index grow with the collection.
-    """
-    generator = np.random.default_rng(0)
-    if count <= real:
-        return np.sort(generator.choice(real, count, replace=False))
-    return np.append(np.arange(real), generator.integers(0, real, count - real))
 
 
 def cost_growth(
@@ -185,34 +246,22 @@ def cost_growth(
 ) -> pd.DataFrame:
     """What a search costs as the collection grows beyond the real documents, with queries sent one at a time.
 
-    The time is that of the search, from a query's tokens or embedding to its ranking; the model's own is not in it.
-    A million documents take some 7 GB of memory (K = 128, hidden size 576).
-
-    Args:
-        documents, embeddings: of the real documents, in the same order.
-        own, query_tokens: the tokens of the queries, as in `SparseRetriever.queries`.
-
-    Returns:
-        Columns method, documents, synthetic (bool), ms (median over rounds of the mean per query) with its quartiles,
-        operations (mean per query), bytes (of the index, per document).
-    """
+    The time is from a query's tokens (as in `SparseRetriever.queries`) or embedding to its ranking, without the
+    model's. Synthetic collections are all documents and then some again and again, so that token frequencies stay and
+    the index's lists grow; a million take some 7 GB (K = 128, hidden size 576). Columns method, documents, synthetic
+    (bool), ms (of a query, median over rounds) with quartiles, operations (mean per query), bytes (per document)."""
     real, rows = len(embeddings), []
     for size in sizes:
-        chosen, ids = synthetic_rows(real, size), list(map(str, range(size)))
+        generator, ids = np.random.default_rng(0), list(map(str, range(size)))
+        chosen = (np.append(np.arange(real), generator.integers(0, real, size - real)) if size > real
+                  else np.sort(generator.choice(real, size, replace=False)))
         sparse = SparseRetriever(ids, documents[:, : setting.k][chosen], setting)
-        dense = DenseRetriever(ids, embeddings[chosen])
-        methods = {"sparse": (sparse, sparse.queries(own, query_tokens)), "dense": (dense, query_embeddings)}
-        seconds = measure({method: partial(_one_by_one, *pair) for method, pair in methods.items()}, rounds)
+        methods = {"sparse": (sparse, sparse.queries(own, query_tokens)),
+                   "dense": (DenseRetriever(ids, embeddings[chosen]), query_embeddings)}
+        calls = {method: lambda to=to, sent=sent: [to.search([""], sent[i : i + 1]) for i in range(len(own))]
+                 for method, (to, sent) in methods.items()}
+        seconds = measure(calls, rounds)
         for method, (retriever, queries) in methods.items():
-            low, median, high = 1000 * np.quantile(seconds[method], [0.25, 0.5, 0.75]) / len(query_embeddings)
-            rows.append({
-                "method": method, "documents": size, "synthetic": size > real,
-                "ms": median, QUARTILES[0]: low, QUARTILES[1]: high,
-                "operations": retriever.operations(queries).mean(), "bytes": retriever.bytes_per_document,
-            })
-    return pd.DataFrame(rows)
-
-
-def _one_by_one(retriever: SparseRetriever | DenseRetriever, queries) -> None:
-    for i in range(queries.shape[0]):
-        retriever.search([str(i)], queries[i : i + 1])
+            ms, work = ratio_quartiles(seconds[method], len(own) / 1000), retriever.operations(queries).mean()
+            rows.append((method, size, size > real, *ms, work, retriever.bytes_per_document))
+    return pd.DataFrame(rows, columns=["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "bytes"])

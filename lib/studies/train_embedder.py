@@ -1,16 +1,13 @@
 """The embedder `smollm2-eol-cse`, trained here: a LoRA on SmolLM2-135M-Instruct, trained contrastively on paraphrases.
-
 As PromptEOL-CSE (arXiv 2307.16645): PromptEOL, the state of the last token after the final norm, InfoNCE over cosines
 with temperature 0.05, the other pairs of the batch as negatives. The pairs, the LoRA's size, and its place on the upper
-blocks alone, where the backward pass can end, are ours. `lib.core.embedders` loads it, given `trained_adapter`.
-"""
-
-from __future__ import annotations
+blocks alone, where the backward pass can end, are ours. `lib.core.embedders` loads it, given `trained_adapter`."""
 
 import copy
 import re
 import time
 import warnings
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,123 +17,92 @@ import pandas as pd
 import torch
 from huggingface_hub.utils import WeakFileLock
 from peft import LoraConfig, PeftModel, get_peft_model
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 from torch.nn.functional import cross_entropy, normalize
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from lib.core.adapters import around_peft, read_adapter, save_adapter
 from lib.core.backbone import Backbone, load_backbone
-from lib.core.batches import token_batches, token_budget
 from lib.core.code_version import code_version
-from lib.core.devices import choose_dtype
+from lib.core.hardware import choose_dtype, token_batches, token_budget
 from lib.core.pooling import last_state
 from lib.core.prompts import get_prompt
 from lib.core.store import CACHE, fingerprint
 from lib.core.tokens import PromptTokenizer, TokenRows
-from lib.data.sources import EvaluationData, SampleDataWarning, find_source
+from lib.data.sources import SampleDataWarning, find_source
 from lib.data.sts import STS_TASKS, load_sts
-from lib.data.transfer import load_transfer
+from lib.data.transfer import TRANSFER_TASKS, load_transfer
 
-# STS part -> the lowest score of a positive pair; and the STS parts of which no sentence may be trained on.
-POSITIVE = {("STS-B", "train"): 4.0, ("SICK-R", "train"): 4.2}
-HELD_OUT = [("STS-B", "dev"), ("SICK-R", "dev"), *((task, "test") for task in STS_TASKS)]
-SAMPLE_POSITIVE, SAMPLE_HELD_OUT = {("sample", "dev"): 4.0}, [("sample", "test")]
-FATES = ("positive", "in_evaluation", "equal", "repeated", "kept")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Positive pairs; those of the same group (int64, one a pair) are never each other's negatives."""
-
-    first: list[str]
-    second: list[str]
-    groups: np.ndarray
-    provenance: dict
-
-
-def normalised(text: str) -> str:
-    """A sentence as it is compared with others: its words in lower case, without punctuation, between single spaces."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+# Parts of data sets: task, split, which rows are positive pairs, and of which rows no sentence may be trained on.
+NONE, ALL = "index < 0", "index >= 0"
+PARTS = [
+    ("STS-B", "train", "score >= 4.0", NONE), ("SICK-R", "train", "score >= 4.2", NONE),
+    ("STS-B", "dev", NONE, ALL), ("SICK-R", "dev", NONE, ALL), *((task, "test", NONE, ALL) for task in STS_TASKS),
+    ("MRPC", "train", "split == 'train' and label == 1", "split == 'test'"),
+]
+SAMPLE = [("sample", "dev", "score >= 4.0", NONE), ("sample", "test", NONE, ALL)]
+FATES = ("in_evaluation", "equal", "repeated", "kept")
+# Positive pairs, lists of str; those of one group (int64, one a pair) are never each other's negatives.
+Pairs = namedtuple("Pairs", "first second groups provenance")
 
 
 def positive_pairs() -> Pairs:
-    """The training pairs: STS-B train scored 4 or more, SICK-R train scored 4.2 or more, paraphrases of MRPC train.
-
-    No sentence of `HELD_OUT` or of MRPC's test part is in them. STS-B's training part is a selection from STS12-16, and
-    SICK-R's shares its sentences with its test part, so mostly MRPC is left. Where the source is the sample, its STS
-    dev pairs scored 4 or more stand in, with a `SampleDataWarning`.
-    """
+    """The training pairs: the positive ones of `PARTS` without the sentences held out there. Mostly MRPC is left, as
+    STS-B's training part is from STS12-16 and SICK-R's shares its sentences with its test part. Where the source is the
+    sample, `SAMPLE` stands in, with a `SampleDataWarning`."""
     source = find_source()
-    positive, held_out = (SAMPLE_POSITIVE, SAMPLE_HELD_OUT) if source.is_sample else (POSITIVE, HELD_OUT)
-    data = {part: load_sts(*part, source) for part in [*positive, *held_out]}
-    pairs = {" ".join(part): _pairs(data[part], f"score >= {lowest}") for part, lowest in positive.items()}
-    held = [_pairs(data[part]) for part in held_out]
     if source.is_sample:
         warnings.warn("The pairs to train on come from sample data; what is trained on them compares with nothing.",
                       SampleDataWarning, stacklevel=2)
-    else:
-        mrpc = data["MRPC", "all"] = load_transfer("MRPC", source)
-        pairs["MRPC train"] = _pairs(mrpc, "split == 'train' and label == 1")
-        held.append(_pairs(mrpc, "split == 'test'"))
-    evaluation = [text for part in held for pair in part for text in pair]
-    return make_pairs(pairs, evaluation, [part.provenance for part in data.values()])
+    pairs, held_out, provenance = {}, [], []
+    for task, split, positive, held in SAMPLE if source.is_sample else PARTS:
+        data = load_transfer(task, source) if task in TRANSFER_TASKS else load_sts(task, split, source)
+        chosen, kept_back = (data.to_pandas().query(rows)[["sentence1", "sentence2"]] for rows in (positive, held))
+        pairs |= {f"{task} {split}": chosen.to_numpy().tolist()} if positive != NONE else {}
+        held_out += kept_back.to_numpy().ravel().tolist()
+        provenance.append(data.provenance)
+    return make_pairs(pairs, held_out, provenance)
 
 
-def _pairs(data: EvaluationData, condition: str = "index >= 0") -> list[list[str]]:
-    return data.to_pandas().query(condition)[["sentence1", "sentence2"]].to_numpy().tolist()
+def make_pairs(positives: dict[str, Sequence], evaluation: Sequence[str], data: Sequence[dict] = ()) -> Pairs:
+    """The pairs without those that hold a sentence of `evaluation`, two equal sentences or are repeated, by their words
+    alone, in any case. Pairs that share sentences, in a chain too, are of one group. The provenance counts the pairs by
+    the keys of `positives` and holds `data`. `ValueError` if no pair is left."""
+    def normalised(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
 
-
-def make_pairs(
-    positives: dict[str, Sequence[Sequence[str]]], evaluation: Sequence[str], data: Sequence[dict] = ()
-) -> Pairs:
-    """Pairs without evaluation sentences, without repetitions, and with their groups.
-
-    Left out are pairs with a sentence of `evaluation`, pairs of two equal sentences and repeated pairs. Sentences are
-    compared as `normalised`. The provenance counts the pairs by the keys of `positives` and holds `data`. Two pairs are
-    of one group if a chain of pairs that share sentences links them. Raises `ValueError` if no pair is left.
-    """
     rows = [(name, *pair) for name, pairs in positives.items() for pair in pairs]
     table = pd.DataFrame(rows, columns=["origin", "first", "second"])
     words = table[["first", "second"]].map(normalised)
-    reasons = [
-        words.isin({normalised(text) for text in evaluation}).any(axis=1),
-        words["first"] == words["second"],
-        words.apply(frozenset, axis=1).duplicated(),
-    ]
-    fate = pd.Series(np.select(reasons, FATES[1:4], FATES[4]), name="fate")
+    reasons = [words.isin(set(map(normalised, evaluation))).any(axis=1), words["first"] == words["second"],
+               words.apply(frozenset, axis=1).duplicated()]
+    fate = pd.Series(np.select(reasons, FATES[:3], FATES[3]))
     counts = pd.crosstab(table["origin"], fate).reindex(index=list(positives), columns=list(FATES), fill_value=0)
-    counts["positive"] = counts.sum(axis=1)
+    counts.insert(0, "positive", counts.sum(axis=1))
     kept = (fate == "kept").to_numpy()
     if not kept.any():
         raise ValueError(f"No positive pair is left to train on: {counts.to_dict('index')}.")
-    numbers, sentences = pd.factorize(words[kept].to_numpy().ravel())
-    ends = numbers.reshape(-1, 2).T
-    links = coo_array((np.ones(kept.sum()), ends), shape=(len(sentences), len(sentences)))
-    groups = connected_components(links, directed=False)[1][ends[0]].astype(np.int64)
-    provenance = {"pairs": counts.to_dict("index"), "data": list(data)}
-    return Pairs(*(table.loc[kept, side].tolist() for side in ("first", "second")), groups, provenance)
+    linked = DisjointSet(words[kept].to_numpy().ravel())
+    for pair in words[kept].to_numpy():
+        linked.merge(*pair)
+    groups, _ = pd.factorize(words.loc[kept, "first"].map(linked.__getitem__))
+    sides = (table.loc[kept, side].tolist() for side in words)
+    return Pairs(*sides, groups, {"pairs": counts.to_dict("index"), "data": list(data)})
 
 
 @dataclass(frozen=True)
 class Training:
-    """All that decides an adapter besides backbone, data and code.
-
-    Args:
-        steps: how many batches. sample_steps: the same on sample data.
-        pairs: in a batch. tokens: the longest prompt, beyond which its sentence is cut.
-        learning_rate: AdamW's highest, reached after a tenth of the steps; from there it falls to 0 on a line.
-        first_block: the 0-based block from which on the blocks have a LoRA. rank, alpha, targets: of the LoRA.
-    """
+    """All that decides an adapter besides backbone, data and code. `alpha`, `rank`, `targets` are those of the LoRA."""
 
     prompt: str = "prompteol"
     steps: int = 60
-    sample_steps: int = 4
-    pairs: int = 32
-    tokens: int = 96
-    learning_rate: float = 5e-4
+    sample_steps: int = 4  # on sample data
+    pairs: int = 32  # in the batch of a step
+    tokens: int = 96  # of the longest prompt, beyond which its sentence is cut
+    learning_rate: float = 5e-4  # AdamW's highest, after a tenth of the steps; from there it falls to 0 on a line
     temperature: float = 0.05
-    first_block: int = 20
+    first_block: int = 20  # 0-based, from which on the blocks have a LoRA
     rank: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -145,79 +111,65 @@ class Training:
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean over rows i of -log(exp(s_ii / t) / sum_j exp(s_ij / t)), s the cosines of `first`, `second` (rows, hidden).
-
-    A row j of the same group as i (int64, rows) is no negative of i and left out of the sum; j = i stays in.
-    """
+    Of the rows j of the same group as i (int64, rows), only i itself is in the sum."""
     scores = normalize(first.float(), dim=1) @ normalize(second.float(), dim=1).T / temperature
-    own = torch.eye(len(groups), dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill((groups[:, None] == groups[None]) & ~own, -torch.inf)
+    scores = scores.masked_fill((groups[:, None] == groups).fill_diagonal_(False), -torch.inf)
     return cross_entropy(scores, torch.arange(len(groups), device=scores.device))
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
     """Row numbers of each batch: all rows in a new order every round, and never a row twice in a batch."""
-    generator = np.random.default_rng(seed)
-    size = min(size, count)
+    generator, size = np.random.default_rng(seed), min(size, count)
     order = np.concatenate([generator.permutation(count) for _ in range(-(-steps * size // count))])
     return [np.unique(order[i * size : (i + 1) * size]) for i in range(steps)]
 
 
 def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> dict:
-    """Train a LoRA on a copy of `backbone` and save it to `folder`.
-
-    Returns the provenance: config, pairs and data, backbone, code, seconds, each step's loss, the adapter's SHA-256.
-    """
-    begin, device = time.perf_counter(), backbone.device
+    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance: config, pairs and data,
+    backbone, code, seconds, each step's loss, the adapter's SHA-256."""
+    begin, device, steps, rise = time.perf_counter(), backbone.device, config.steps, max(1, config.steps // 10)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets),
                       layers_to_transform=list(range(config.first_block, backbone.num_layers)))
     with around_peft(device):
         torch.manual_seed(config.seed)
         model = get_peft_model(copy.deepcopy(backbone.model), lora)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
-    steps, rise = config.steps, max(1, config.steps // 10)
-    rates = [min((k + 1) / rise, (steps - k) / max(1, steps - rise)) for k in range(steps + 1)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates.__getitem__)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda k: min((k + 1) / rise, (steps - k) / max(1, steps - rise)))
     prompt, tokenize = get_prompt(config.prompt), PromptTokenizer(backbone.tokenizer, config.tokens)
-    texts = [list(map(prompt.prepare, side)) for side in (pairs.first, pairs.second)]
-    sides = [replace(tokenize(prompt.templates[0], side), prefix=0) for side in texts]
+    sides = [tokenize(prompt.templates[0], list(map(prompt.prepare, side))) for side in (pairs.first, pairs.second)]
     bar, losses = tqdm(batches(len(pairs.groups), config.pairs, steps, config.seed), desc="training", unit="step"), []
     for batch in bar:
         with torch.autocast(device.type, torch.bfloat16, enabled=backbone.dtype == torch.bfloat16):
-            first, second = (_embed(model, side, batch, device) for side in sides)
-        loss = info_nce(first, second, torch.from_numpy(pairs.groups[batch]).to(device), config.temperature)
+            embedded = [_embed(model, replace(side, prefix=0), batch, device) for side in sides]
+        loss = info_nce(*embedded, torch.from_numpy(pairs.groups[batch]).to(device), config.temperature)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         losses.append(round(loss.item(), 5))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    about = {"config": asdict(config), **pairs.provenance, "backbone": backbone.describe()}
-    about |= {"code": code_version(__name__), "seconds": round(time.perf_counter() - begin, 1), "losses": losses}
-    return save_adapter(model, folder, about)
+    about = {"config": asdict(config), **pairs.provenance, "backbone": backbone.describe(), "losses": losses}
+    seconds = round(time.perf_counter() - begin, 1)
+    return save_adapter(model, folder, about | {"code": code_version(__name__), "seconds": seconds})
 
 
 def _embed(model: PeftModel, rows: TokenRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
     """The last tokens' states after the final norm, (chosen, hidden), computed in parts of similar length."""
-    states = {}
-    for part in token_batches([len(rows.ids[i]) for i in chosen], token_budget(device)):
-        batch = rows.batch(chosen[part], device)
+    states, parts = [], token_batches([len(rows.ids[i]) for i in chosen], token_budget(device))
+    for batch in (rows.batch(chosen[part], device) for part in parts):
         output = model.get_base_model().base_model(input_ids=batch.ids, use_cache=False)
-        states |= zip(part, last_state(output.last_hidden_state, batch.last))
-    return torch.stack([states[k] for k in range(len(chosen))])
+        states.append(last_state(output.last_hidden_state, batch.last))
+    return torch.cat(states)[np.argsort(np.concatenate(parts))]
 
 
 def trained_adapter(backbone: Backbone, fresh_since: float = 0.0, config: Training = Training()) -> Path:
     """The folder of the adapter that is trained on `backbone`; `lib.core.adapters.read_adapter` reads its provenance.
-
     It lies in `data/cache/adapters/` if one of this config, prompt, data, backbone and code was trained before, and not
-    before `fresh_since` (seconds of the epoch). Else it is trained, in this hardware's fastest dtype, whatever that of
-    `backbone`. A second process waits for the first.
-    """
+    before `fresh_since` (seconds of the epoch). Else it is trained, in this hardware's fastest dtype whatever that of
+    `backbone`, but not in float16, where the loss would have to be scaled. A second process waits for the first."""
     config = replace(config, steps=config.sample_steps) if find_source().is_sample else config
-    pairs, dtype = positive_pairs(), choose_dtype(backbone.device)[0]
-    # In float16 the loss would have to be scaled.
-    dtype = "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    pairs, dtype = positive_pairs(), str(choose_dtype(backbone.device)[0]).removeprefix("torch.")
+    dtype = "float32" if dtype == "float16" else dtype
     prompt, code = asdict(get_prompt(config.prompt)), code_version(__name__)
     choices = [asdict(config), prompt, pairs.provenance, backbone.name, backbone.revision, dtype, code]
     folder = CACHE / "adapters" / fingerprint(choices)
