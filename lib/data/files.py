@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
-from datasets import Dataset
 
 from lib.data.sources import DataError, DataSource, EvaluationData
 
@@ -108,6 +107,8 @@ class Reader:
 
     def data(self, name: str, table: pd.DataFrame, columns: tuple[str, ...], **about) -> EvaluationData:
         """A data set of these columns. Its provenance is `about` and what the reader knows."""
+        from datasets import Dataset  # a second to import
+
         about |= {"source": self.source.describe(), "rows": len(table), "rows_total": len(table), "caps": []}
         rows = Dataset.from_dict({column: table[column].tolist() for column in columns})
         return EvaluationData(name, rows, about | {"files": dict(self.hashes)})

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 
 from lib.core.store import ROOT
 from lib.data.download import HubUnreachableError, fetch
+
+if TYPE_CHECKING:  # it takes a second to import, and what only encodes does not need it
+    from datasets import Dataset
 
 DATA = ROOT / "data"
 # SentEval's data on the hub: the dataset repository, its archive, and a folder that the data must hold.
@@ -64,7 +66,7 @@ class EvaluationData:
     rows, rows_total (before anything was left out), caps (what was left out, step by step) and files (-> SHA-256)."""
 
     name: str
-    rows: Dataset
+    rows: "Dataset"
     provenance: dict
     places: np.ndarray | None = field(default=None, repr=False)
 

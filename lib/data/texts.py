@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 
 import pandas as pd
-from datasets import Dataset
 
 from lib.data import sources
 from lib.data.files import Reader, expect
@@ -26,6 +25,8 @@ def alignment_texts(count: int | None) -> tuple[dict[str, EvaluationData], dict[
     if source.is_sample:
         passages, name, found = "sample documents", SAMPLE, {"sample STS": pair_texts(load_sts("sample"), count)}
     else:
+        from datasets import Dataset
+
         passages, name, news = "MS MARCO", "msmarco-sample", load_sts("STS12", "test", source)
         rows = [row["subset"] == "surprise.SMTnews" and row["score"] > 4 for row in news.rows]
         news = pair_texts(news.where(rows, "surprise.SMTnews, score above 4, without ' .' and ' ?'"), count)

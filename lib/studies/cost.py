@@ -133,10 +133,12 @@ class Contender:
     name: str
     variant: str
     exit_layer: int
-    method: TokenPrepending | None = None
+    method: object = None
+    pooling: object = None
 
     def encoder(self, backbone: Backbone, store=None) -> SentenceEncoder:
-        return SentenceEncoder(backbone, READ_AS.get(self.name, self.name), self.method, self.exit_layer, store=store)
+        prompt = READ_AS.get(self.name, self.name)
+        return SentenceEncoder(backbone, prompt, self.method, self.exit_layer, self.pooling, store=store)
 
 
 def contenders(names: Iterable[str], settings: dict[str, Setting], one_by_one: bool) -> list[Contender]:
@@ -202,7 +204,7 @@ def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many:
 
 
 def gpu_results() -> list[tuple[dict, dict[str, pd.DataFrame]]]:
-    """What `benchmarks.gpu_cost` left in `data/gpu/`: for each file what was measured on what, and tables by name."""
+    """What `benchmarks/gpu.sh` left in `data/gpu/`: for each file what was measured on what, and tables by name."""
     contents = [json.loads(path.read_text()) for path in sorted(GPU_RESULTS.glob("*.json"))]
     return [(of["about"], {name: pd.DataFrame(**table) for name, table in of["tables"].items()}) for of in contents]
 
