@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 from benchmarks.gpu_cost import SHAPES, cost_tables, random_llama
 from benchmarks.gpu_parity import parity, too_far
 from benchmarks.gpu_scores import scores
-from lib.core.bundled import BUNDLED
+from lib.core.backbone import load_backbone
+from lib.core.bundled import BUNDLED, DEFAULT_MODEL
 from lib.core.hardware import device_name
 from lib.core.store import ROOT, write_atomically
 from lib.core.token_prepending import TokenPrepending
 from lib.report.results import environment
-from lib.report.settings import Setting
+from lib.report.settings import RUNS, Setting
 from lib.studies.cost import GPU_RESULTS
 from tests.tiny_models import build_tokenizer
 
@@ -42,6 +43,16 @@ def read_sentences() -> tuple[list[str], str]:
         return list(dict.fromkeys(row["sentence1"] for row in rows)), "sample data"
 
 
+def read_tokenizer(folder: Path | None) -> tuple:
+    """The tokenizer of the folder, of the bundled model, or where that is missing a tiny one; and which. A tiny one
+    splits a sentence into more than twice as many tokens, so that batches look better used than they are."""
+    if folder:
+        return AutoTokenizer.from_pretrained(folder), folder.name
+    if not BUNDLED[DEFAULT_MODEL].missing:
+        return load_backbone(device="cpu").tokenizer, DEFAULT_MODEL
+    return build_tokenizer(), "trained on the prompts, 400 tokens"
+
+
 def write(path: Path, about: dict, tables: dict[str, pd.DataFrame]) -> None:
     """Put what was measured into the result file."""
     split = {name: json.loads(table.to_json(orient="split", index=False)) for name, table in tables.items()}
@@ -52,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with a model of 8 narrow blocks: a trial run")
-    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer; default: one trained on the prompts")
-    parser.add_argument("--rounds", type=int, help="how often each time is taken; default 5, tiny 1")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer; default: the bundled model's")
+    parser.add_argument("--rounds", type=int, help="how often each time is taken; default 5 (in batches 3), tiny 1")
     parser.add_argument("--models", nargs="*", default=[name for name, of in BUNDLED.items() if not of.missing],
                         help="bundled models to score; default: those whose packages are installed")
-    parser.add_argument("--folder", type=Path, default=GPU_RESULTS)
+    parser.add_argument("--folder", type=Path, help="of the result file; default data/gpu/, of a trial run runs/")
     given = parser.parse_args(arguments)
     device = torch.device("cpu" if given.tiny else given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -67,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         "rounds": given.rounds or (1 if given.tiny else 5), "seconds": {},
     }
     name = "trial" if given.tiny else about["device"].lower().replace(" ", "-")
-    path, tables, begin = given.folder / f"{name}.json", {}, time.time()
+    folder = given.folder or (RUNS if given.tiny else GPU_RESULTS)
+    path, tables, begin = folder / f"{name}.json", {}, time.time()
 
     def done(part: str) -> None:
         about["seconds"][part] = round(time.time() - begin)
@@ -77,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables["parity"] = parity(device)
     print(tables["parity"].groupby("dtype").max(numeric_only=True).to_string(), flush=True)
     done("parity")
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else build_tokenizer()
+    tokenizer, about["tokenizer"] = read_tokenizer(given.tokenizer)
     backbone = random_llama(tokenizer, device, **shape)
     setting = Setting(TokenPrepending(1, 7), 7 if given.tiny else 27)
     about |= {
@@ -85,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         "tp": setting.method.describe(), "exit_layer": setting.exit_layer,
     }
     for name, table in cost_tables(backbone, setting, sentences, about["rounds"], few=2 if given.tiny else 16,
-                                   many=3 if given.tiny else 512):
+                                   many=3 if given.tiny else 256):
         tables[name] = table
         done(name)
     print(tables["reference"].to_string(index=False), flush=True)

@@ -37,7 +37,9 @@ WITH_TP = METHODS[2:]
 CP = ContrastivePrompting(4)  # the paper's layer 5
 
 
-def random_llama(tokenizer, device, layers: int, hidden: int, heads: int, intermediate: int, vocabulary: int) -> Backbone:
+def random_llama(
+    tokenizer, device, layers: int, hidden: int, heads: int, intermediate: int, vocabulary: int
+) -> Backbone:
     """A Llama with random bfloat16 weights, made on the device (Llama-2-7B's shape takes 13 GB)."""
     config = LlamaConfig(
         vocab_size=max(vocabulary, len(tokenizer)), hidden_size=hidden, num_hidden_layers=layers,
@@ -75,6 +77,8 @@ def cost_tables(
     the first `many`. AlignedWVA and CP are two more rows of PromptEOL, at its exit layer."""
     settings, at = dict.fromkeys(WITH_TP, setting), setting.exit_layer
     newer = [Contender("prompteol", "AlignedWVA", at, None, AttentionValues()), Contender("prompteol", "CP", at, CP)]
+    long = min(rounds, 3)
     for name, texts, alone in (("paper", sentences[:few], True), ("practical", sentences[:many], False)):
-        yield name, run_methods(backbone, contenders(METHODS, settings, alone) + newer, texts, rounds, alone)
-    yield "reference", against_reference(backbone, setting, sentences[:many], rounds)
+        rows = contenders(METHODS, settings, alone) + newer
+        yield name, run_methods(backbone, rows, texts, rounds if alone else long, alone)
+    yield "reference", against_reference(backbone, setting, sentences[:many], long)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import SENTENCES, build_tokenizer, tiny_backbone
 
-from benchmarks import gpu_cost
+from benchmarks import gpu, gpu_cost, gpu_parity
 from lib.core.encoder import SentenceEncoder
 from lib.core.token_prepending import TokenPrepending
 from lib.report.settings import Setting
@@ -152,21 +152,34 @@ def test_run_methods(one_by_one):
 
 
 @pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
-def test_the_gpu_benchmark_on_a_tiny_model(tmp_path, monkeypatch, no_data):
+def test_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(gpu_cost, "METHODS", ("mean", "prompteol", "ke"))
     monkeypatch.setattr(gpu_cost, "WITH_TP", ("prompteol", "ke"))
+    families = ("llama", "opt_narrow")
+    monkeypatch.setattr(gpu_parity, "FAMILIES", families)
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    shape = "--device cpu --layers 8 --hidden 32 --heads 4 --intermediate 48 --exit 7 --rounds 1"
-    texts = ["--sentences=2", "--practical-sentences=3", f"--tokenizer={tmp_path / 'tokenizer'}"]
-    path = gpu_cost.main([*shape.split(), *texts, f"--folder={tmp_path}"])
+    options = ["--tiny", f"--tokenizer={tmp_path / 'tokenizer'}", "--models", f"--folder={tmp_path}"]
+    assert gpu.main(options) == 0
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path / "none")
     assert cost.gpu_results() == []
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path)
     [(about, read)] = cost.gpu_results()
-    assert path.parent == tmp_path and about["weights"] == "random" and about["dtype"] == "bfloat16"
-    assert about["device"] and about["environment"]["date"] and about["environment"]["packages"]["torch"]
-    assert list(cost.cost_table(read["paper"])["method"].unique()) == ["mean", "prompteol", "ke"]
+    assert about["trial"] and about["weights"] == "random" and about["scores"].startswith("not run: no bundled model")
+    assert about["environment"]["date"] and about["environment"]["packages"]["torch"]
+    parity = read["parity"].set_index(["model", "dtype"])
+    assert list(parity.index) == [(family, dtype) for family in families for dtype in gpu_parity.FARTHEST]
+    assert parity.loc["opt_narrow", "AlignedWVA"].isna().all() and parity.loc["llama"].notna().all(axis=None)
+    assert (parity.loc["llama", "TP"][["float16", "bfloat16"]] > 1e-7).all()  # it is another dtype that is compared
+    table = cost.cost_table(read["paper"])
+    assert list(table["method"].unique()) == ["mean", "prompteol", "ke"]
+    assert {"AlignedWVA", "CP"} < set(table["variant"])
     assert cost.overhead(read["practical"], TP_EXIT, LAST)["method"].tolist() == ["prompteol", "ke"]
     paths = read["reference"]
     assert paths["path"].tolist() == ["reference", "ours"] * 2
     assert (paths.groupby("prompt")["TFLOP"].first() > paths.groupby("prompt")["TFLOP"].last()).all()
+
+
+def test_an_embedding_that_differs_on_the_device_is_named():
+    rows = [("llama", "float32", 1e-7, 2e-5), ("llama", "bfloat16", 1e-3, None)]
+    table = pd.DataFrame(rows, columns=["model", "dtype", "baseline", "TP"])
+    assert gpu_parity.too_far(table) == ["llama, float32, TP: 1 - cosine 2.0e-05"]

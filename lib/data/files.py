@@ -107,8 +107,7 @@ class Reader:
 
     def data(self, name: str, table: pd.DataFrame, columns: tuple[str, ...], **about) -> EvaluationData:
         """A data set of these columns. Its provenance is `about` and what the reader knows."""
-        from datasets import Dataset  # a second to import
-
+        from datasets import Dataset  # here, because it takes a second, and what only encodes does not need it
         about |= {"source": self.source.describe(), "rows": len(table), "rows_total": len(table), "caps": []}
         rows = Dataset.from_dict({column: table[column].tolist() for column in columns})
         return EvaluationData(name, rows, about | {"files": dict(self.hashes)})

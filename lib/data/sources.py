@@ -8,16 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
 from lib.core.store import ROOT
 from lib.data.download import HubUnreachableError, fetch
-
-if TYPE_CHECKING:  # it takes a second to import, and what only encodes does not need it
-    from datasets import Dataset
 
 DATA = ROOT / "data"
 # SentEval's data on the hub: the dataset repository, its archive, and a folder that the data must hold.
@@ -59,14 +56,14 @@ class DataSource:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationData:
-    """A data set, or a part of one, with its provenance; `rows` are in the order of the files.
+    """A data set, or a part of one, with its provenance; `rows`, a `datasets.Dataset`, are in the order of the files.
     A sample of it is the beginning of one fixed permutation of the whole data set, so that samples are nested. It sorts
     the rows by `places`, int64 (rows,), hashes of the data set's name, its length and the row's number, which hang on
     no seed or library, and which a part keeps. `provenance` has the keys task, split (or splits, or part), source,
     rows, rows_total (before anything was left out), caps (what was left out, step by step) and files (-> SHA-256)."""
 
     name: str
-    rows: "Dataset"
+    rows: object
     provenance: dict
     places: np.ndarray | None = field(default=None, repr=False)
 

@@ -26,7 +26,6 @@ def alignment_texts(count: int | None) -> tuple[dict[str, EvaluationData], dict[
         passages, name, found = "sample documents", SAMPLE, {"sample STS": pair_texts(load_sts("sample"), count)}
     else:
         from datasets import Dataset
-
         passages, name, news = "MS MARCO", "msmarco-sample", load_sts("STS12", "test", source)
         rows = [row["subset"] == "surprise.SMTnews" and row["score"] > 4 for row in news.rows]
         news = pair_texts(news.where(rows, "surprise.SMTnews, score above 4, without ' .' and ' ?'"), count)

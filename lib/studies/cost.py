@@ -24,7 +24,6 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.forward import block_input, run_prefix
 from lib.core.prompts import PROMPTS
 from lib.core.store import ROOT
-from lib.core.token_prepending import TokenPrepending
 from lib.data.sources import EvaluationData
 from lib.evaluation.intervals import SPEARMAN, compare
 from lib.evaluation.sts import sts_pairs
@@ -36,8 +35,7 @@ PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # square matrices large enough to reach
 GPU_RESULTS = ROOT / "data" / "gpu"
 READ_AS = {"mean": replace(PROMPTS["none"], pooling="mean")}  # methods that are no prompt of that name
 REFERENCE = "prompteol"  # the method that times are ratios to
-BASELINE, TP = "baseline", "TP"
-LAST, SAME, TP_EXIT = "baseline, last layer", "baseline, exit layer", "TP, exit layer"
+BASELINE, LAST, SAME, TP, TP_EXIT = "baseline", "baseline, last layer", "baseline, exit layer", "TP", "TP, exit layer"
 QUARTILES = ("lower quartile", "upper quartile")
 TIMES = ["time ratio", *QUARTILES]
 PYTHON, OTHER = "Python, between operations", "other"
