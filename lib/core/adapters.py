@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from lib.core.backbone import Backbone
-from lib.core.store import is_fresh
+from lib.core.store import follow_umask, is_fresh
 
 
 @contextmanager
@@ -28,6 +28,7 @@ def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
     Where an interrupt leaves a part of an adapter, `read_adapter` finds none."""
     model.save_pretrained(folder)
     text = json.dumps(about | {"adapter_sha256": _sha256(folder)}, indent=1, default=str)
+    follow_umask(folder)
     (folder / "provenance.json").write_text(text)
     return json.loads(text)
 

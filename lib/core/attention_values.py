@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from lib.core.backbone import Backbone
-from lib.core.forward import UnsupportedModelError, active, probe_ids, read_states, returned_tensor
+from lib.core.forward import ONE_AT_A_TIME, UnsupportedModelError, active, probe_ids, read_states, returned_tensor
 from lib.core.pooling import last_state
 from lib.core.tokens import Batch
 
@@ -78,7 +78,7 @@ def find_attention(backbone: Backbone) -> Attention:
             projections[i] = module
 
     modules = [(module, i, name) for i, block in enumerate(backbone.layers) for name, module in block.named_modules()]
-    with active(module.register_forward_hook(partial(keep, i, name)) for module, i, name in modules):
+    with ONE_AT_A_TIME, active(module.register_forward_hook(partial(keep, i, name)) for module, i, name in modules):
         read_states(backbone, probe_ids(backbone), range(n + 1), lambda states: entered.append(_rows(states)))
     errors = defaultdict(list)
     for before, outputs in zip(entered, returned):

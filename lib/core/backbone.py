@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from numbers import Integral
+from pathlib import Path
 
 import torch
 import transformers
@@ -17,6 +19,7 @@ from lib.core.forward import UnsupportedModelError, check_finite, read_states, r
 from lib.core.hardware import choose, device_name
 
 # What the families of causal language models call the norm between the last block and the unembedding.
+HEADS = ("lm_head.", "embed_out.")  # and the unembedding
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
 
 
@@ -32,7 +35,8 @@ class Backbone:
         layers: its `num_layers` decoder blocks. final_norm: what follows them, or None. hidden_size, dtype: of states.
         embed_scale: by which some families (Gemma) multiply the rows of their embedding matrix.
         title: the name for captions, with the quantisation of a bundled model's weights.
-        max_length: the tokens that the model was trained for (4096 where it does not say).
+        max_length: the tokens that the model was trained for (4096 where it does not say). With LongRoPE, whose
+            positions change for a whole batch where one row is longer, what it was trained for at first.
         notes: remarks for people (why this dtype was chosen); nothing in it decides an embedding."""
 
     model: PreTrainedModel
@@ -52,7 +56,10 @@ class Backbone:
         self.num_layers, self.hidden_size = len(self.layers), self.embeddings.weight.shape[1]
         self.dtype, self.embed_scale = self.embeddings.weight.dtype, float(getattr(self.embeddings, "embed_scale", 1.0))
         config, keys = self.model.config.get_text_config(), ("max_position_embeddings", "n_positions", "seq_length")
-        self.max_length = next(filter(None, (getattr(config, key, None) for key in keys)), 4096)
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        keys = ("original_max_position_embeddings", *keys) if "longrope" in rope.values() else keys
+        limits = (getattr(config, key, None) or rope.get(key) for key in keys)
+        self.max_length = next(filter(None, limits), 4096)
         self.title = BUNDLED[self.name].title if self.name in BUNDLED else self.name
 
     @classmethod
@@ -86,6 +93,8 @@ class Backbone:
 
     def layer_index(self, layer: int) -> int:
         """Turn `layer` (-1 means the last) into 0..num_layers. Raises `ValueError` if there is no such state."""
+        if not isinstance(layer, Integral):
+            raise ValueError(f"A layer is a whole number, 0..{self.num_layers} or -1 for the last; got {layer!r}.")
         index = layer + self.num_layers + 1 if layer < 0 else layer
         if not 0 <= index <= self.num_layers:
             raise ValueError(f"Layer {layer} does not exist: {self.name} has states 0..{self.num_layers} (or -1).")
@@ -103,37 +112,38 @@ class Backbone:
 
 
 def load_backbone(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *,
-                  trust_remote_code=False) -> Backbone:
+                  trust_remote_code=False, head=True) -> Backbone:
     """Load a causal language model for reading its hidden states.
 
     Args:
-        name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder.
+        name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder (`~` is yours).
         dtype, device: names in torch, such as `"float16"` and `"cuda:1"`, or `"auto"` (`lib.core.hardware.choose`).
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
         trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
+        head: whether the checkpoint must hold the unembedding; without one, that is random.
 
     Raises `ModelNotFoundError` for a model that is neither here nor to be had from the hub, and `UnsupportedModelError`
-    for one that is not decoder-only with causal attention."""
+    for one that lacks weights or is not decoder-only with causal attention."""
     chosen, target, reason = choose(dtype, device)
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")
     if name in BUNDLED:
         model, tokenizer, revision = load_bundled(name, chosen)
     else:
-        model, tokenizer, revision = _load_pretrained(name, chosen, device_map, trust_remote_code)
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
+        model, tokenizer, revision = _load_pretrained(name, chosen, device_map, trust_remote_code, head)
     model = model.to(target) if device_map is None else model
     return Backbone.from_model(model, tokenizer, name, revision, {"dtype_reason": reason})
 
 
-def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool) -> tuple:
+def _load_pretrained(name: str, dtype: torch.dtype, device_map, trust: bool, head: bool) -> tuple:
     """As `read_checkpoint`, for a causal language model, with an error that says what to do."""
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
         _refuse_encoder_decoder(config, name)
         caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         options = {"device_map": device_map} | ({"attn_implementation": "eager"} if caps else {})
-        # Any weight may be missing: many embedders come without the head that decodes them.
-        return read_checkpoint("AutoModelForCausalLM", name, dtype, ("",), trust, **options)
+        return read_checkpoint("AutoModelForCausalLM", name, dtype, () if head else HEADS, trust, **options)
     except UnsupportedModelError:
         raise
     except (OSError, ValueError) as error:
@@ -149,8 +159,9 @@ def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = 
     options |= {"dtype": dtype, "trust_remote_code": trust, "weights_only": True, "output_loading_info": True}
     model, info = getattr(transformers, loader).from_pretrained(name, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    if missing := [key for key in info["missing_keys"] if not key.startswith(unused)]:
-        raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unused)):
+        kind, found = type(model).__name__, f"; it has {next(iter(info['unexpected_keys']), 'no others')}"
+        raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {kind}, such as {missing[0]}{found}.")
     return model, tokenizer, getattr(model.config, "_commit_hash", None) or "local folder"
 
 
@@ -175,7 +186,8 @@ def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
 @torch.inference_mode()
 def check_backbone(backbone: Backbone) -> None:
     """Run four tokens twice; `UnsupportedModelError` unless each block is called once and in order on a (batch, tokens,
-    hidden) tensor, the final norm turns the last block's output into the model's, and attention is causal."""
+    hidden) tensor, the states are those that the model itself gives as `hidden_states` (Mamba counts its states from
+    the first block on), the final norm turns the last block's output into the model's, and attention is causal."""
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=backbone.device) % backbone.embeddings.weight.shape[0]
     name, n, calls, outputs = backbone.name, backbone.num_layers, count(), []
     with backbone.layers[-1].register_forward_hook(lambda *call: outputs.append(call[-1])):
@@ -184,10 +196,19 @@ def check_backbone(backbone: Backbone) -> None:
     check_finite(final, name, backbone.dtype)
     if order != [(call, 2, 4) for call in range(n + 1)]:
         raise UnsupportedModelError(f"The blocks of {name} do not run once each, in order: {order[:8]}.")
+    own = backbone.base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+    off = [n for n, (theirs, (_, ours)) in enumerate(zip(own, states.values())) if _far(theirs, ours)]
+    if len(own) != n + 1 or off:
+        raise UnsupportedModelError(f"States {off} of {name} are not its hidden_states, of which it has {len(own)}.")
     if backbone.final_norm is not None:
         normed = backbone.final_norm(returned_tensor(outputs[-1])).float().to(final.device)
         if normed.shape == final.shape and not torch.allclose(normed, final.float(), rtol=1e-2, atol=1e-2):
             raise UnsupportedModelError(f"What was found as the final norm of {name} is not its last step.")
-    change = (final[0, :3] - final[1, :3]).float().norm() / final[0, :3].float().norm()
-    if change > 0.05:
-        raise UnsupportedModelError(f"{name} is not causal: another last token changes earlier states by {change:.0%}.")
+    if _far(final[0, :3], final[1, :3]):
+        raise UnsupportedModelError(f"{name} is not causal: another last token changes earlier states.")
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two states differ by more than 5 % of their length."""
+    a, b = a.float(), b.float().to(a.device)
+    return a.shape != b.shape or bool((a - b).norm() > 0.05 * a.norm())

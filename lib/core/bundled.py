@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import torch
 import transformers
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.core.store import CACHE
+from lib.core.store import CACHE, follow_umask
 
 DEFAULT_MODEL = "smollm2"
 PROBE = 'This sentence : "A man\'s 12 dogs." means in one word:"'
@@ -128,8 +129,12 @@ def keep_copy(model, tokenizer, target: Path) -> None:
         if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left
             shutil.rmtree(left, ignore_errors=True)
     vars(model.config).pop("quantization_config", None)
-    with TemporaryDirectory(dir=home, prefix=prefix, ignore_cleanup_errors=True) as temporary:
+    (temporary := home / f"{prefix}{uuid4().hex}").mkdir()
+    try:
         for part in (model, tokenizer):
-            part.save_pretrained(Path(temporary))
+            part.save_pretrained(temporary)
+        follow_umask(temporary)
         if not target.exists():
             os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

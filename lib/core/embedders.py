@@ -166,7 +166,7 @@ def load_embedder(name: str | Entry, dtype: str = "auto", device: str = "auto", 
         model = _load_both_sides(entry, decoder)
     else:
         chosen = str(decoder.dtype).removeprefix("torch."), str(decoder.device)
-        model = decoder if entry.hub == entry.backbone else load_backbone(entry.hub, *chosen)
+        model = decoder if entry.hub == entry.backbone else load_backbone(entry.hub, *chosen, head=False)
         since = store.fresh_since if store else 0.0
         for adapter in [trained(decoder, since)] if entry.trained_here else entry.adapters:
             model = merged_backbone(model, adapter, entry.name)

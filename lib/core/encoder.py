@@ -2,10 +2,11 @@
 
 import warnings
 from collections import namedtuple
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from lib.core import processes
 from lib.core.backbone import Backbone
 from lib.core.code_version import code_version
-from lib.core.forward import check_finite, run_prefix, shares_prefix
+from lib.core.forward import ONE_AT_A_TIME, check_finite, run_prefix, shares_prefix
 from lib.core.hardware import token_batches
 from lib.core.pooling import Pooling
 from lib.core.postprocess import Normalise, Postprocess
@@ -100,16 +101,11 @@ class SentenceEncoder:
                       show_progress_bar: bool | None = None) -> dict[int, np.ndarray]:
         """Embed sentences at several layers in one pass: layer as given (a -1 stays -1) -> float32 (sentences, hidden).
         Arguments and errors as in `encode`; besides, `ValueError` for another layer than the one of the postprocess."""
-        if isinstance(sentences, str):
-            raise TypeError("Expected a list of sentences, got one string; encode takes a single string.")
-        if not (sentences := list(sentences)):
-            raise ValueError("There is nothing to encode: the list of sentences is empty.")
-        for i, sentence in enumerate(sentences):
-            if not isinstance(sentence, str):
-                raise TypeError(f"Sentence {i} is {type(sentence).__name__}, not a string: {sentence!r:.60}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 (or None), got {batch_size}.")
-        index = {layer: self.backbone.layer_index(layer) for layer in layers}
+        sentences = check_texts(sentences)
+        if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+            raise ValueError(f"batch_size must be a whole number from 1 on (or None), got {batch_size!r}.")
+        if not (index := {layer: self.backbone.layer_index(layer) for layer in layers}):
+            raise ValueError("No layer was asked for: the list of layers is empty.")
         if self.postprocess and set(index.values()) != {self.exit_layer}:
             raise ValueError(f"The postprocess belongs to layer {self.exit_layer}; no other can be read with it.")
         texts, wanted, count = list(map(self.prompt.prepare, sentences)), sorted({*index.values()}), len(self.templates)
@@ -145,7 +141,7 @@ class SentenceEncoder:
 
     def forward(self, batch: Batch, layers: Iterable[int], prefix=None) -> dict[int, torch.Tensor]:
         """One batch through the model: layer -> (batch, hidden), on its device. A `prefix` is one of `run_prefix`."""
-        with self.method.attach(self.backbone, batch) if self.method else nullcontext():
+        with ONE_AT_A_TIME, self.method.attach(self.backbone, batch) if self.method else nullcontext():
             return self.pooling.read(self.backbone, batch, layers, prefix)
 
     def _pass(self, template: str, texts: list[str], batch_size: int | None) -> Pass:
@@ -198,6 +194,22 @@ class SentenceEncoder:
         for pooled in states.values():
             check_finite(pooled, self.backbone.name, self.backbone.dtype)
         return states
+
+
+def check_texts(sentences: Sequence[str]) -> list[str]:
+    """The sentences as a list; `TypeError` or `ValueError` for what cannot be embedded, with the place of the first."""
+    if isinstance(sentences, (str, Mapping)) or hasattr(sentences, "columns"):
+        raise TypeError(f"Expected a list of strings, got a {type(sentences).__name__}; give one column or its values.")
+    if not (texts := list(sentences)):
+        raise ValueError("There is nothing to encode: the list of sentences is empty.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"Sentence {i} is {type(text).__name__}, not a string: {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"Sentence {i} holds half a character, which no tokenizer takes: {text!r:.60}") from None
+    return texts
 
 
 def chunks(texts: Iterable[str]) -> list[list[str]]:

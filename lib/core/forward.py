@@ -5,6 +5,7 @@ Hooks work on the *inputs* of the decoder blocks: in every architecture a block'
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,10 @@ from transformers import Cache, DynamicCache
 
 if TYPE_CHECKING:
     from lib.core.backbone import Backbone
+
+
+# Hooks belong to a model and not to a thread, so that passes of several threads, of whatever models, run one at a time.
+ONE_AT_A_TIME = threading.RLock()
 
 
 class UnsupportedModelError(ValueError):
@@ -97,7 +102,8 @@ def read_states(backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[in
             raise stop
 
     inner = [n for n in wanted if n < backbone.num_layers]
-    with safe_float16(backbone.layers[0], backbone.device, backbone.dtype), before_blocks(backbone, inner, keep):
+    safe = safe_float16(backbone.layers[0], backbone.device, backbone.dtype)
+    with ONE_AT_A_TIME, safe, before_blocks(backbone, inner, keep):
         try:
             output = backbone.base(input_ids=input_ids, past_key_values=prefix, use_cache=prefix is not None, **inputs)
             if not hasattr(output, "last_hidden_state"):

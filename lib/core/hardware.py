@@ -14,11 +14,17 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
 
 def choose(dtype: str, device: str) -> tuple[torch.dtype, torch.device, str]:
     """Dtype and device by names in torch or "auto" (CUDA where there is one, of several processes each its own, else
-    the CPU; and its `choose_dtype`), and why this dtype. Raises `ValueError` for an unknown dtype."""
+    the CPU; and its `choose_dtype`), and why this dtype. Raises `ValueError` for an unknown dtype and for a device
+    that torch does not know or see."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    target = torch.device(own if device == "auto" else device)
+    try:
+        target = torch.device(own if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {device!r}; give auto, cpu, cuda, cuda:1 or another name in torch.") from None
+    if target.type == "cuda" and not (target.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"Device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices.")
     chosen, reason = choose_dtype(target) if dtype == "auto" else (DTYPES[dtype], "asked for")
     return chosen, target, reason
 

@@ -29,7 +29,9 @@ class Prompt:
         templates: each holds `{sentence}`; the embeddings of several templates are averaged.
         pooling: how the embedding is read unless the encoder says otherwise, the name of a `lib.core.pooling.Pooling`.
         clean: whether the papers' sentence cleaning is applied first. source: where the prompt comes from.
-        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens."""
+        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens.
+
+    Raises `TypeError` for a string in place of a tuple, `ValueError` for a template without `{sentence}` or none."""
 
     name: str
     templates: tuple[str, ...]
@@ -39,12 +41,20 @@ class Prompt:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        lists = self.templates, self.before, self.after
+        if any(isinstance(given, str) or not all(isinstance(text, str) for text in given) for given in lists):
+            raise TypeError(f"Prompt {self.name!r}: templates, before and after are tuples of strings; got {lists}.")
+        if not self.templates or not all(SENTENCE in template for template in self.templates):
+            raise ValueError(f"Prompt {self.name!r} needs a template, with {SENTENCE} in each; got {self.templates}.")
+
     def prepare(self, sentence: str) -> str:
         """The sentence as it enters the template."""
         return clean_sentence(sentence) if self.clean else sentence
 
     def with_placeholder(self, place: str, count: int = 1) -> tuple[str, ...]:
-        """The templates with `count` placeholders at `place`, one of `PLACES`. One that holds `<PST>` is left alone."""
+        """The templates with `count` placeholders at `place`, one of `PLACES`. One that holds `<PST>` is left alone;
+        `ValueError` if a `count` above 1 is not how many it holds."""
         marks, placeholder = f'"{SENTENCE}"', PLACEHOLDER * count
         beside = {"in_quote": f"{placeholder} {SENTENCE}", "after_text": f"{SENTENCE} {placeholder}"}
 
@@ -53,6 +63,9 @@ class Prompt:
             new = text.replace(SENTENCE, beside[place]) if place in beside else f"{placeholder} {text}"
             return template.replace(text, new)
 
+        held = {template.count(PLACEHOLDER) for template in self.templates} - {0}
+        if count > 1 and held - {count}:
+            raise ValueError(f"Prompt {self.name!r} holds {max(held)} {PLACEHOLDER} of its own, so not count={count}.")
         return tuple(text if PLACEHOLDER in text else insert(text) for text in self.templates)
 
 

@@ -4,9 +4,9 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -32,16 +32,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not processes.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}-", suffix=".tmp")
+    temporary = path.parent / f".{path.name[:32]}-{uuid4().hex}.tmp"  # its mode is what the umask says
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files that a library wrote for its user alone the modes that the folder, made by `mkdir`, says."""
+    for path in folder.rglob("*"):
+        path.chmod(folder.stat().st_mode & (0o777 if path.is_dir() else 0o666))
 
 
 class EmbeddingStore:

@@ -50,7 +50,10 @@ class BM25Retriever:
 
     def __init__(self, document_ids: Sequence[str], texts: Sequence[str]):
         self.document_ids, self.bm25 = list(document_ids), bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-        self.bm25.index(WORDS(list(texts)), show_progress=False)
+        words = WORDS(list(texts))
+        if not any(words):
+            raise ValueError("BM25 has nothing to count: no document holds a word of two letters or more.")
+        self.bm25.index(words, show_progress=False)
 
     def search(self, query_ids: Sequence[str], queries: Sequence[str], depth: int = DEPTH) -> Ranking:
         """The best `depth` documents of each query; `queries` are their texts."""

@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> int:
     if options.list:
         print(listing())
         return 0
-    given = {name: yaml.safe_load(value) for name, value in options.parameter}
-    parameters, folder = parameters_of(options.profile, options.notebooks, given), RUNS / options.profile
+    parameters = parameters_of(options.profile, options.notebooks, dict(options.parameter))
+    folder = RUNS / options.profile
     if options.processes > 1:
         parameters.pop(NOT_SHARED, None)
     if options.processes > processes.count() == 1:  # become these processes, which run this same command
@@ -72,7 +72,10 @@ def declared() -> dict[str, dict[str, dict]]:
 def read_profile(name: str) -> dict:
     """A profile: `description`, `parameters` (for every notebook that has them), `notebooks` (for one each)."""
     must_exist([name], known := {path.stem: path for path in CONFIGS.glob("*.yaml")}, "profile")
-    return {"description": "", "parameters": {}, "notebooks": {}} | yaml.safe_load(known[name].read_text())
+    try:
+        return {"description": "", "parameters": {}, "notebooks": {}} | yaml.safe_load(known[name].read_text())
+    except (yaml.YAMLError, TypeError) as error:
+        PARSER.error(f"profile {name} (configs/{name}.yaml) is empty or broken: {' '.join(str(error).split())}")
 
 
 def listing() -> str:
@@ -84,9 +87,24 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def parameters_of(profile: str, notebooks: list[str], given: dict) -> dict[str, dict]:
+def parse(text: str, name: str, about: dict):
+    """A parameter's value from the command line, as its default is: a number, a list (words between commas) or text,
+    and None where the comment says so. What does not fit ends the program with exit status 2."""
+    default = ast.literal_eval(about["default"])
+    if text in ("None", "null") and "None" in about["help"]:
+        return None
+    try:
+        if not isinstance(default, list):
+            return type(default)(text)
+        words = [word.strip(" '\"") for word in text.strip(" []").split(",") if word.strip()]
+        return words if default and isinstance(default[0], str) else list(map(int, words))
+    except ValueError:
+        PARSER.error(f"parameter {name}: {text!r} does not fit; its default is {about['default']} {about['help']}")
+
+
+def parameters_of(profile: str, notebooks: list[str], given: dict[str, str]) -> dict[str, dict]:
     """Notebook -> parameters, for those called by name, file name or number (by default for all), in their order: the
-    profile's, and over them what is given. Whatever does not exist is an error; papermill would only warn."""
+    profile's, and over them the texts that are given. What does not exist is an error; papermill would only warn."""
     content, known = read_profile(profile), declared()
     shared, own = content["parameters"], content["notebooks"]
     called = {name: stem for stem in known for name in (stem, f"{stem}.ipynb", stem[:2])}
@@ -95,8 +113,10 @@ def parameters_of(profile: str, notebooks: list[str], given: dict) -> dict[str, 
     chosen = sorted({called[name] for name in notebooks or called})
     for names, stems in [(shared, known), (given, chosen), *((own[stem], [stem]) for stem in own)]:
         must_exist(names, set().union(*(known[stem] for stem in stems)), f"parameter of {', '.join(stems)}")
-    wanted = {stem: {"profile": profile} | shared | own.get(stem, {}) | given for stem in chosen}
-    return {stem: {name: wanted[stem][name] for name in wanted[stem] if name in known[stem]} for stem in chosen}
+    wanted = {stem: {"profile": profile} | shared | own.get(stem, {}) for stem in chosen}
+    return {stem: {name: value for name, value in wanted[stem].items() if name in known[stem]}
+            | {name: parse(text, name, known[stem][name]) for name, text in given.items() if name in known[stem]}
+            for stem in chosen}
 
 
 def must_exist(names, known, kind: str) -> None:
@@ -122,7 +142,10 @@ def run(parameters: dict[str, dict], folder: Path, fresh_since: float) -> int:
     from lib.core.bundled import install_missing  # takes seconds, in which the process behind the kernels imports too
     from lib.data import sources
     install_missing({given.get("model") for given in parameters.values()})
-    data = sources.find_source().label
+    try:
+        data = sources.find_source().label
+    except sources.DataError as error:
+        PARSER.error(str(error))
     context = {"fresh_since": fresh_since, "hub_unreachable": sources.hub_unreachable}
     print(f"{len(parameters)} notebooks on {data}\n{'notebook':<28}{'seconds':>8}  results computed / reused")
     try:
@@ -146,7 +169,8 @@ def execute(path: Path, given: dict, copy: Path, context: dict, data: str) -> No
     context = context | {"log": str(log), "parameters": defaults | given}
     if processes.count() > 1:  # their kernels meet in the folder that torch's launcher made for this run
         context["meeting"] = str(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / path.stem)
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's,
+    os.environ.pop("JUPYTER_PATH", None)  # which would come before it
     screen = sys.stderr if sys.stderr.isatty() else None
     options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bool(screen), "stderr_file": screen}
     done = papermill.execute_notebook(path, copy, given | {"context": context}, **options)
