@@ -24,7 +24,6 @@ from lib.data.transfer import load_transfer
 from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of
 from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, dense_scores, evaluate_retrieval
-from lib.evaluation.senteval_classifier import stopped_early
 from lib.evaluation.sts import cosine, spearman, sts_pairs, word_overlap
 from lib.evaluation.tasks import RETRIEVAL, STS, compare_suite
 from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
@@ -204,7 +203,7 @@ def test_sentevals_classifier_takes_pytorchs_steps_and_stops_after_six_rounds_th
         adam.step()
     counting = {"permutation": lambda of, n: drawn.append(n) or np.random.mtrand.RandomState.permutation(of, n)}
     monkeypatch.setattr(np.random, "RandomState", type("Counting", (np.random.RandomState,), counting))
-    found = stopped_early(features, labels, fit, np.arange(140, 400), (0.0, 0.1), held)
+    found = transfer.stopped_early(features, labels, fit, np.arange(140, 400), (0.0, 0.1), held)
     assert (found[1] == layer(x[140:]).argmax(dim=1).numpy()).all() and len(drawn) == 7 * 4
 
 
