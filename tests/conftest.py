@@ -68,6 +68,6 @@ def no_data(monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
     forget_sources()
-    sources.assume_hub_unreachable("tests do not ask it")
+    sources.hub_unreachable = "tests do not ask it"
     yield
     forget_sources()

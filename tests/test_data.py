@@ -445,7 +445,7 @@ def test_only_a_hub_that_does_not_answer_or_must_not_be_asked_is_replaced_by_the
     elif why == "no name":
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     elif why == "another process":
-        sources.assume_hub_unreachable(f"not asked, because {why} found it silent")
+        sources.hub_unreachable = f"not asked, because {why} found it silent"
     elif why in OFFLINE_SWITCHES:
         monkeypatch.setenv(why, "1")
     with pytest.warns(SampleDataWarning, match="cannot be reached" if asks else f"not asked, because {why}"):

@@ -29,7 +29,7 @@ HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreacha
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
 # Errors of the HTTP library, whichever it is, and of the pool that mean this.
 NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")
-hub_unreachable: str | None = None  # why the hub is not asked any more, once it has not answered
+hub_unreachable: str | None = None  # why this process does not ask the hub any more; whoever knows may say so here
 
 
 class DataError(ValueError):
@@ -156,6 +156,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
     """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded. Raises
     `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if they are
     nowhere; the message names `what` was looked for and says what to do."""
+    global hub_unreachable
     folder = os.environ.get("TP_DATA_DIR", "")
     own, path = Path(folder).expanduser() / place, DATA / "downloads" / place
     if folder and own.is_dir():
@@ -164,7 +165,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
         try:
             fetch(repo, files, path, unpack)
         except HubUnreachableError as error:
-            assume_hub_unreachable(str(error))
+            hub_unreachable = str(error)
     if path.is_dir():
         return DataSource("downloads", path)
     hub, online = (hub_unreachable, "go online and start again, or ") if repo else ("not there", "")
@@ -172,12 +173,6 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
         f"{what} cannot be found. Tried: $TP_DATA_DIR/{place} ({'not there' if folder else 'not set'}), data/downloads/"
         f"{place} (not there), the hub ({hub}). To get it, {online}put its files into such a folder (data/README.md)."
     )
-
-
-def assume_hub_unreachable(reason: str) -> None:
-    """Do not ask the hub in this process, for it is known that it cannot be reached, and how."""
-    global hub_unreachable
-    hub_unreachable = reason
 
 
 def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> None:
