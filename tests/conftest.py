@@ -5,7 +5,7 @@ import torch
 from fake_hub import forget_sources
 from hypothesis import HealthCheck, settings
 
-from lib.data import download, sources
+from lib.data import sources
 
 # Handing small products to several threads costs more than it saves, most on a busy machine.
 torch.set_num_threads(1)
@@ -62,12 +62,12 @@ def passes(backbone):
 @pytest.fixture
 def no_data(monkeypatch, tmp_path):
     """No source known, no data but the sample, and a hub that is not asked."""
-    for name in ("TP_DATA_DIR", "HF_ENDPOINT", *download.OFFLINE_SWITCHES):
+    for name in ("TP_DATA_DIR", "HF_ENDPOINT", *sources.OFFLINE_SWITCHES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sources, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample").symlink_to(sources.ROOT / "data" / "sample")
     forget_sources()
-    sources.assume_hub_unreachable("tests do not ask it")
+    sources.hub_unreachable = "tests do not ask it"
     yield
     forget_sources()

@@ -19,8 +19,7 @@ from fake_hub import FakeHub, forget_sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data import download, retrieval, sources, texts
-from lib.data.download import OFFLINE_SWITCHES, DownloadError
+from lib.data import retrieval, sources, texts
 from lib.data.files import FILES
 from lib.data.retrieval import load_beir, load_beir_sets
 from lib.data.sources import DataError, DataSource, EvaluationData, MissingDataError, SampleDataWarning, find_source
@@ -28,6 +27,7 @@ from lib.data.sts import STS_TASKS, dev_task, load_sts, sts_tasks
 from lib.data.transfer import PAIR_TASKS, SAMPLE_TASKS, TRANSFER_TASKS, load_transfer, transfer_tasks
 
 REAL = os.environ.get("TP_DATA_DIR")
+OFFLINE_SWITCHES, DownloadError = sources.OFFLINE_SWITCHES, sources.DownloadError
 SAMPLE = DataSource("sample", sources.ROOT / "data" / "sample")
 SPLITS = {"STS13": "test", "STS-B": "dev", "SICK-R": "dev", "sample": "test"}  # that these tests read
 BINARY = ("MR", "CR", "SUBJ", "MPQA")  # whose files hold one class each, a sentence a line
@@ -378,7 +378,7 @@ def hub(monkeypatch):
 def test_a_good_archive_is_unpacked_and_downloaded_once_however_many_want_it(hub, content):
     hub.files["senteval.tar"], target = content, sources.DATA / "downloads" / "senteval"
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: download.fetch(*sources.SENTEVAL[:2], target, "STS"), range(3)))
+        list(pool.map(lambda _: sources.fetch(*sources.SENTEVAL[:2], target, "STS"), range(3)))
     asked = len(hub.requests)
     assert find_source() == DataSource("downloads", target) and len(hub.requests) == asked
     assert hub.sent("senteval.tar") == 1
@@ -412,7 +412,7 @@ FAILURES = {
     "a file that is gone": (lambda hub, patch: hub.files.pop("senteval.tar"), "404"),
     "a typo": (lambda hub, patch: patch.setenv("HF_ENDPOINT", "typo"), "http"),
     "wrong hash": (lambda hub, patch: hub.stated.update({"senteval.tar": "0" * 64}), "hash of senteval.tar .*deleted"),
-    "full disk": (lambda hub, patch: patch.setattr(download, "hf_hub_download", FULL_DISK), "No space left"),
+    "full disk": (lambda hub, patch: patch.setattr(sources, "hf_hub_download", FULL_DISK), "No space left"),
 }
 FAILURES |= {mode: (lambda hub, patch, mode=mode: setattr(hub, "mode", mode), status) for mode, status in (
     ("404", "404"), ("500", "500"), ("GET fails", "403"), ("page", "could not be downloaded"))}
@@ -429,7 +429,7 @@ def test_a_hub_that_answers_badly_is_an_error_and_never_the_sample(hub, monkeypa
         FAILURES[failure][0](hub, patch)
         with pytest.raises(DownloadError, match=f"{FAILURES[failure][1]}.*put the files there by hand") as caught:
             find_source()
-    assert not isinstance(caught.value, download.HubUnreachableError) and sources.hub_unreachable is None
+    assert not isinstance(caught.value, sources.HubUnreachableError) and sources.hub_unreachable is None
     assert not (sources.DATA / "downloads" / "senteval").exists() and not list(tmp_path.rglob("escaped*"))
     if hub.files.get("senteval.tar", GOOD_TAR) == GOOD_TAR:  # once the hub is as it should be, the next try succeeds
         hub.mode, hub.stated, hub.files = "good", {}, {"senteval.tar": GOOD_TAR}
@@ -438,14 +438,14 @@ def test_a_hub_that_answers_badly_is_an_error_and_never_the_sample(hub, monkeypa
 
 @pytest.mark.parametrize("why", ["hang", "drip", "drop", "closed", "no name", "another process", *OFFLINE_SWITCHES])
 def test_only_a_hub_that_does_not_answer_or_must_not_be_asked_is_replaced_by_the_sample(hub, monkeypatch, why):
-    monkeypatch.setattr(download, "HUB_TIMEOUT", 0.5)
+    monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.5)
     hub.mode, asks = why, why not in ("another process", *OFFLINE_SWITCHES)
     if why == "closed":
         hub.close()
     elif why == "no name":
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     elif why == "another process":
-        sources.assume_hub_unreachable(f"not asked, because {why} found it silent")
+        sources.hub_unreachable = f"not asked, because {why} found it silent"
     elif why in OFFLINE_SWITCHES:
         monkeypatch.setenv(why, "1")
     with pytest.warns(SampleDataWarning, match="cannot be reached" if asks else f"not asked, because {why}"):

@@ -24,7 +24,6 @@ from lib.data.transfer import load_transfer
 from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of
 from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, dense_scores, evaluate_retrieval
-from lib.evaluation.senteval_classifier import stopped_early
 from lib.evaluation.sts import cosine, spearman, sts_pairs, word_overlap
 from lib.evaluation.tasks import RETRIEVAL, STS, compare_suite
 from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
@@ -204,7 +203,7 @@ def test_sentevals_classifier_takes_pytorchs_steps_and_stops_after_six_rounds_th
         adam.step()
     counting = {"permutation": lambda of, n: drawn.append(n) or np.random.mtrand.RandomState.permutation(of, n)}
     monkeypatch.setattr(np.random, "RandomState", type("Counting", (np.random.RandomState,), counting))
-    found = stopped_early(features, labels, fit, np.arange(140, 400), (0.0, 0.1), held)
+    found = transfer.stopped_early(features, labels, fit, np.arange(140, 400), (0.0, 0.1), held)
     assert (found[1] == layer(x[140:]).argmax(dim=1).numpy()).all() and len(drawn) == 7 * 4
 
 
@@ -246,7 +245,6 @@ def test_dense_ranking_is_by_cosine_equal_ones_by_the_order_of_the_corpus_and_bm
     dense = DenseRetriever(["b", "a", "c", "d"], np.array([[0, 1], [1, 0], [1, 0], [1, 0]], np.float32))
     assert dense.search(["q"], np.array([[2, 0]], np.float32), depth=2) == {"q": ["a", "c"]}
     assert dense.search(["q"], np.array([[0, 0]], np.float32)) == {"q": ["b", "a", "c", "d"]}
-    assert dense.operations(np.ones((3, 2))).tolist() == [8] * 3 and dense.bytes_per_document == 8
     # BM25 ranks an exact match first, and what shares no word not at all.
     texts = ["supersonic flow past a cone", "heat in composite slabs", "", "flow of heat", "slabs of the wing"]
     bm25 = BM25Retriever(list("abcde"), texts)

@@ -124,8 +124,11 @@ def test_index_size_and_operations_by_hand():
     retriever = SparseRetriever(["a", "b"], tokens, SparseSetting(k=2, centred=False))
     queries = retriever.queries([[1, 2], [0, 0], []])
     assert (queries @ retriever.index).toarray().tolist() == [[3, 3], [4, 0], [0, 0]]
-    assert retriever.operations(queries).tolist() == [3, 1, 0]
-    assert retriever.bytes_per_document == (4 * 4 + 4 * 4 + 4 * 4) / 2  # weights, documents, starts of four bytes each
+    states = np.ones((3, 5), np.float32)
+    growth = retrieval.cost_growth(tokens, states[:2], retriever.setting, [[1, 2], [0, 0], []], None, states, [2], 1)
+    assert growth["operations"].tolist() == pytest.approx([(3 + 1 + 0) / 3, 2 * 5])  # with sparse and with dense search
+    # Weights, documents and starts of four bytes each; or five numbers.
+    assert growth["bytes"].tolist() == [(4 * 4 + 4 * 4 + 4 * 4) / 2, 5 * 4]
     assert retriever.search(["x", "y", "z"], queries) == {"x": ["a", "b"], "y": ["a"], "z": []}
     # An index leaves its tokens alone and keeps no weight of nothing.
     ids, values = np.array([[0, 1], [2, 1]], np.int32), np.array([[1, -1], [3, 2]], np.float32)

@@ -76,8 +76,7 @@ class Reader:
         for column, value in ({"split": next(iter(file["rows"])), "sentence2": ""} | file["fixed"]).items():
             table[column] = table.get(column, value)
         expect(table["split"].isin(list(file["rows"])), f"the split {' or '.join(file['rows'])}", table["split"])
-        if file["labels"]:
-            labels = file["labels"]
+        if labels := file["labels"]:
             expect(table["label"].isin(labels), f"the label {' or '.join(labels)}", table["label"])
             table["label"] = table["label"].map(labels.index)
         else:

@@ -1,25 +1,35 @@
 """Where evaluation data is found, and the one form in which it is handed on. The order is: the folder `$TP_DATA_DIR`,
-`data/downloads/`, the Hugging Face hub, and last the sample sets written for this project. See `data/README.md`."""
+`data/downloads/`, the Hugging Face hub, and last the sample sets written for this project. See `data/README.md`.
+What comes from the hub is checked by hash, and there whole or not at all."""
 
 import functools
 import hashlib
 import os
+import shutil
+import ssl
+import tarfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pandas as pd
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.utils import WeakFileLock
 
 from lib.core.store import ROOT
-from lib.data.download import HubUnreachableError, fetch
 
 DATA = ROOT / "data"
 # SentEval's data on the hub: the dataset repository, its archive, and a folder that the data must hold.
 SENTEVAL = ("princeton-nlp/datasets-for-simcse", ("senteval.tar",), "STS")
-hub_unreachable: str | None = None  # why the hub is not asked any more, once it has not answered
+HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreachable
+OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
+# Errors of the HTTP library, whichever it is, and of the pool that mean this.
+NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")
+hub_unreachable: str | None = None  # why this process does not ask the hub any more; whoever knows may say so here
 
 
 class DataError(ValueError):
@@ -28,6 +38,14 @@ class DataError(ValueError):
 
 class MissingDataError(DataError):
     """Data is in none of the places, and the hub does not have it or cannot be reached. The message says what to do."""
+
+
+class DownloadError(OSError):
+    """A file could not be had from the hub, or cannot be trusted. The message says what happened and what to do."""
+
+
+class HubUnreachableError(DownloadError):
+    """Nobody answered at the hub's address, or an offline switch is set. Only then may the sample stand in."""
 
 
 class SampleDataWarning(UserWarning):
@@ -138,6 +156,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
     """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded. Raises
     `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if they are
     nowhere; the message names `what` was looked for and says what to do."""
+    global hub_unreachable
     folder = os.environ.get("TP_DATA_DIR", "")
     own, path = Path(folder).expanduser() / place, DATA / "downloads" / place
     if folder and own.is_dir():
@@ -146,7 +165,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
         try:
             fetch(repo, files, path, unpack)
         except HubUnreachableError as error:
-            assume_hub_unreachable(str(error))
+            hub_unreachable = str(error)
     if path.is_dir():
         return DataSource("downloads", path)
     hub, online = (hub_unreachable, "go online and start again, or ") if repo else ("not there", "")
@@ -156,7 +175,74 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
     )
 
 
-def assume_hub_unreachable(reason: str) -> None:
-    """Do not ask the hub in this process, for it is known that it cannot be reached, and how."""
-    global hub_unreachable
-    hub_unreachable = reason
+def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> None:
+    """Download files of a dataset repository into the folder `target`, which appears only when all of them are right:
+    each has the hash that the hub states. What an interrupted download left is used by the next one, and of several
+    processes that want the same folder one downloads and the others wait. If `unpack` is given, the only file is a tar
+    file, and that folder of it which holds a folder of this name becomes `target`. Raises `DownloadError`."""
+    # huggingface_hub reads the variable only when it is imported. An expired token would be refused, so there is none.
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    api, partial = HfApi(endpoint=endpoint, token=False), target.parent / f".{target.name}-partial"
+    try:
+        place = {"repo_type": "dataset", "revision": _ask_hub(api, repo), "local_dir": partial, "token": False}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(target.parent / f".{target.name}.lock"):
+            if target.is_dir():
+                return
+            for name in names:
+                hf_hub_download(repo, name, **place, endpoint=endpoint, etag_timeout=HUB_TIMEOUT)
+            wrong = [file["path"] for file in api.verify_repo_checksums(repo, **place).mismatches]
+            if wrong:  # hf_hub_download compares only the sizes
+                shutil.rmtree(partial)
+                raise DownloadError(f"the hash of {wrong[0]} was not what the hub states, so the download was deleted")
+            complete = _unpack(partial / names[0], unpack) if unpack else partial
+            shutil.rmtree(complete / ".cache", ignore_errors=True)  # notes of hf_hub_download
+            complete.rename(target)
+            shutil.rmtree(partial, ignore_errors=True)
+    except HubUnreachableError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise DownloadError(
+            f"{repo} could not be downloaded from {endpoint} to {target}: {reason}. Start again to go on from there, "
+            "put the files there by hand (see data/README.md), or set HF_HUB_OFFLINE=1 to go on without them."
+        ) from error
+
+
+def _ask_hub(api: HfApi, repo: str) -> str:
+    """The commit that a dataset repository is at. Raises `HubUnreachableError`, or what the hub client raises."""
+    for switch in OFFLINE_SWITCHES:
+        if os.environ.get(switch, "").upper() in constants.ENV_VARS_TRUE_VALUES:
+            raise HubUnreachableError(f"not asked, because {switch} is set")
+    try:
+        # A connection's own time limit holds anew for each address of a host, and not at all for the name look-up.
+        with ThreadPool(1) as pool:  # which waits for nothing when it is left, nor keeps the process from ending
+            return pool.apply_async(api.dataset_info, [repo], {"timeout": HUB_TIMEOUT + 1}).get(HUB_TIMEOUT).sha
+    except Exception as error:
+        if not _is_no_answer(error):
+            raise
+        raise HubUnreachableError(f"{api.endpoint} cannot be reached: {str(error) or 'it did not answer'}") from error
+
+
+def _is_no_answer(error: BaseException) -> bool:
+    """Whether nobody answered. An HTTP status, a wrong certificate and text that is no JSON are answers."""
+    chain = [error]
+    while error := error.__cause__ or error.__context__:
+        chain.append(error)
+    answered = any(isinstance(e, ssl.SSLError) or getattr(e, "response", None) is not None for e in chain)
+    return not answered and any(isinstance(e, OSError) or type(e).__name__ in NO_ANSWER for e in chain)
+
+
+def _unpack(archive: Path, holds: str) -> Path:
+    """Unpack a tar file beside itself, and return the folder in which the folder `holds` is."""
+    unpacked = archive.parent / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
+    with tarfile.open(archive) as tar:
+        # The filter refuses what would land outside the folder. In some versions of Python, links can get round it.
+        for member in tar:
+            if not (member.isfile() or member.isdir()):
+                raise DownloadError(f"{archive.name} holds {member.name!r}, which is neither a plain file nor a folder")
+        tar.extractall(unpacked, filter="data")
+    for path in filter(Path.is_dir, sorted(unpacked.rglob(holds))):
+        return path.parent
+    raise DownloadError(f"{archive.name} has no folder {holds!r}")

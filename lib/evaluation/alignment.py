@@ -58,11 +58,9 @@ def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, cl
                  ) -> Iterator[torch.Tensor]:
     """Logits under the backbone's unembedding of embeddings (texts, hidden), the states `layer` in Hugging Face's
     numbering, so many texts at a time that they fill `LOGIT_BYTES`: float32 (some texts, vocabulary), on its device.
-
     With `classes`, from `token_classes`, a token's column holds the logit of its best entry, and every other column
     -inf. Logits are computed in float32, as in half precision they tie, and without a model's own capping (Gemma 2),
-    which does not change their order. Raises `ValueError` as `final_states`, and `FloatingPointError` for logits that
-    are infinite or undefined."""
+    which does not change their order. `ValueError` as `final_states`; `FloatingPointError` for logits not finite."""
     states, head, matrix = final_states(backbone, embeddings, layer), backbone.unembedding, output_matrix(backbone)
     if classes is not None:
         entries = np.flatnonzero(classes >= 0)

@@ -35,14 +35,6 @@ class DenseRetriever:
         rows = zip(query_ids, chain.from_iterable(unit @ self.documents.T for unit in units), strict=True)
         return {query: best_first(self.document_ids, places, scores, depth) for query, scores in rows}
 
-    @property
-    def bytes_per_document(self) -> float:
-        return self.documents.nbytes / len(self.documents)
-
-    def operations(self, queries: np.ndarray) -> np.ndarray:
-        """Multiply-adds of each query, int (queries,)."""
-        return np.full(len(queries), self.documents.size)
-
 
 class BM25Retriever:
     """BM25 as in Lucene with k1 = 1.5 and b = 0.75 (bm25s), on lower-cased words of two letters or more, not stemmed,

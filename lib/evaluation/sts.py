@@ -33,9 +33,7 @@ def word_overlap(data: dict[str, EvaluationData]) -> pd.DataFrame:
 
 def _items(data: dict[str, EvaluationData]) -> tuple[pd.DataFrame, list[str], list[str]]:
     """The pairs of all tasks, a row each with task, subset, item and gold; and their first and second sentences."""
-    of_task = ("subset", "sentence1", "sentence2", "score")
-    tables = [pd.DataFrame({"task": task, "item": range(len(pairs))} | {column: pairs[column] for column in of_task})
-              for task, pairs in data.items()]
+    tables = [pairs.to_pandas().assign(task=task, item=range(len(pairs))) for task, pairs in data.items()]
     table = pd.concat(tables, ignore_index=True).rename(columns={"score": "gold"})
     return table[["task", "subset", "item", "gold"]], table["sentence1"].tolist(), table["sentence2"].tolist()
 

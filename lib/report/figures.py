@@ -84,8 +84,7 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
     plt.close(figure)  # Pyplot, which tells a notebook how to show figures, forgets it; the figure lives on.
     figure.get_layout_engine().set(rect=(0, 0, 1, inner / full), w_pad=0.06, h_pad=0.05)
     figure.suptitle("\n".join(lines), x=0.008, y=1 - 0.06 / full, ha="left")
-    figure.legend(handles=keys, ncol=in_row, loc="upper left", bbox_to_anchor=(0.003, 1 - above / full), frameon=False,
-                  borderpad=0, columnspacing=1.4)
+    figure.legend(handles=keys, ncol=in_row, loc="upper left", bbox_to_anchor=(0.003, 1 - above / full))
     figure.supxlabel(xlabel)
     figure.supylabel(ylabel, y=inner / full / 2)
     axes, parts = figure.subplots(deep, wide, squeeze=False, **{"sharex": True, "sharey": True} | share).flatten(), []

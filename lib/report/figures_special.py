@@ -59,8 +59,7 @@ def similarity_against_gold(pairs: dict[str, pd.DataFrame], title: str):
                            ylabel="cosine similarity", height=2.6)
     for axis, table in parts:
         groups = dict(list(table.groupby("gold")["similarity"]))
-        axis.boxplot(groups.values(), positions=list(groups), widths=0.7, showfliers=False, patch_artist=True,
-                     boxprops={"facecolor": SKY}, medianprops={"color": "black"})
+        axis.boxplot(groups.values(), positions=list(groups), widths=0.7, boxprops={"facecolor": SKY})
         axis.set_xticks(range(6), range(6))
     return figure
 

@@ -4,25 +4,18 @@ A published number is `reproduced`, `differs`, `explained` (it differs, and `con
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from lib.core.store import ROOT
 
 PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
 KEYS = ["model", "method", "tp", "task", "metric"]
-# Backbones that the papers report: hub id -> name in `data/paper/` and of the profile.
-PAPER_MODELS = {
-    "meta-llama/Llama-2-7b-hf": "llama2-7b", "meta-llama/Llama-2-13b-hf": "llama2-13b", "Qwen/Qwen2-7B": "qwen2-7b",
-    "meta-llama/Meta-Llama-3-8B": "llama3-8b", "google/gemma-2-9b": "gemma2-9b",
-}
-
-# How far a reproduced number may be off, in its own unit; a metric without an entry is measured by no notebook.
-# spearman_x100: with one model and setting, half precision and library versions move a correlation by a few tenths.
-# accuracy_x100: more, because folds and the classifier's optimiser are not the paper's; 0.7 is 7 of 1,000 test items.
-# time_ratio: what a ratio of medians varies by between runs. ndcg@10: one point of 100. extra_tokens: a count, exact.
-TOLERANCE = {"spearman_x100": 0.5, "accuracy_x100": 0.7, "time_ratio": 0.05, "ndcg@10": 0.01, "extra_tokens": 0.0}
+# The papers' backbones, hub id -> name, and how far a number may be off, metric -> tolerance: see `paper.yaml`.
+PAPER_MODELS, TOLERANCE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 
 
 def read_paper(table: str) -> pd.DataFrame:

@@ -44,8 +44,7 @@ class Session:
         atexit.register(self._log_memory)
         if meeting := self._context.get("meeting"):
             processes.join(meeting)
-        if reason := self._context.get("hub_unreachable"):
-            sources.assume_hub_unreachable(reason)
+        sources.hub_unreachable = self._context.get("hub_unreachable") or sources.hub_unreachable
         set_style()
         self.backbone, self.source = load_backbone(model, dtype), sources.find_source()
         self.store = EmbeddingStore(fresh_since=float(self._context.get("fresh_since") or 0))

@@ -111,12 +111,6 @@ def peak_memory(device: torch.device):
     result["bytes"] = int(max(np.cumsum([of.nbytes() for of in events if of.name() == "[memory]"]), default=0))
 
 
-def group_shares(events: dict[str, float], groups=GROUPS) -> pd.Series:
-    """Operation -> own time, as group -> share of the whole; own time of `PYTHON` is what no operation accounts for."""
-    times = pd.Series(events, dtype=float).groupby(lambda name: groups.get(name, OTHER)).sum()
-    return times.reindex([*OPERATIONS, PYTHON, OTHER], fill_value=0.0) / times.sum()
-
-
 def pareto_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     """Which points no other one beats: none is at most as costly and at least as good, and better in one of the two."""
     points = np.column_stack([cost, np.negative(quality)])
@@ -189,15 +183,16 @@ def run_methods(backbone: Backbone, rows, sentences, rounds: int, one_by_one: bo
 
 def time_shares(backbone: Backbone, rows: list[Contender], few: list[str], many: list[str], groups=GROUPS):
     """Profile one call of each row, with the sentences `few` one by one and with `many` in batches: columns run (naming
-    both), group (of `OPERATIONS`, `PYTHON` or `OTHER`) and share of the CPU time."""
+    both), group (of `OPERATIONS`; `PYTHON`, what no operation accounts for; `OTHER`) and share of the CPU time."""
     shares = {}
     for (way, texts), row in product({"one by one": few, "batched": many}.items(), rows):
         run = prepared(row.encoder(backbone), texts, way == "one by one")
         run()  # warm-up
         with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler, record_function(PYTHON):
             run()
-        events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-        shares[f"{way}, {row.variant}"] = group_shares(events, groups)
+        events = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()}, dtype=float)
+        times = events.groupby(lambda name: groups.get(name, OTHER)).sum()
+        shares[f"{way}, {row.variant}"] = times.reindex([*OPERATIONS, PYTHON, OTHER], fill_value=0.0) / times.sum()
     return pd.concat(shares, names=["run", "group"]).rename("share").reset_index()
 
 

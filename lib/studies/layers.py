@@ -31,15 +31,9 @@ from lib.evaluation.sts import spearman, sts_pairs
 from lib.report.paper import read_paper
 from lib.report.settings import save_settings, settings_file
 
-# The search's first round tries these spans on few pairs, the second the best of them and the baseline on all pairs.
-# A span that starts at block 2 or later hangs on the placeholder's random vector (notebook 03), so its score is a mean
-# over several: luck is not chosen.
-SPANS = ((1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (0, 1), (0, 3), (2, 3), (2, 5))
-COARSE_SPANS = ((1, 2), (1, 8))
-SEEDS = (3407, 1, 2, 3, 4)
-FIRST_PAIRS, FINALISTS, FEWEST_PAIRS, CP_PAIRS = 60, 2, 3, 100
-# CP's settings that are tried, the paper's grid for 32 blocks: block, strength (of the rule NS alone) and rule.
-CP_GRID = (*product((2, 3, 4, 6), (0.5, 1.0, 2.0, 4.0), ("NS",)), *product((2, 3, 4, 6), (1.0,), ("NR",)))
+SEARCH = yaml.safe_load(Path(__file__).with_name("search.yaml").read_text(encoding="utf-8"))
+SEEDS, FIRST_PAIRS, FINALISTS, CP_PAIRS = (SEARCH[key] for key in ("seeds", "first_pairs", "finalists", "cp_pairs"))
+FEWEST_PAIRS = 3
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
@@ -70,7 +64,7 @@ def search(backbone: Backbone, prompt: str, data: EvaluationData, pairs: int | N
     prompt of many templates costs as many passes: two spans are tried, on the first round's pairs only."""
     last, coarse = backbone.num_layers, len(get_prompt(prompt).templates) > 2
     layers, few = range(last - last // 3, last + 1), data.first(min(FIRST_PAIRS, pairs or FIRST_PAIRS))
-    tried = [span for span in (COARSE_SPANS if coarse else SPANS) if span[1] <= last]
+    tried = [span for span in SEARCH["coarse_spans" if coarse else "spans"] if span[1] <= last]
     first = score_spans(backbone, prompt, tried, few, layers, store, SEEDS).query("end > 0")
     finalists = first.groupby(["start", "end"])["value"].max().nlargest(FINALISTS).index
     return score_spans(backbone, prompt, finalists, few if coarse else data.first(pairs), layers, store, SEEDS)
@@ -94,7 +88,7 @@ def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: 
         "dev_baseline_best": round(baseline["value"], 2), "dev_baseline_best_exit": baseline["exit_layer"],
         "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    grid = [setting for setting in CP_GRID if setting[0] < backbone.num_layers]
+    grid = [of for values in SEARCH["cp_grid"] for of in product(*values) if of[0] < backbone.num_layers]
     if len(get_prompt(prompt).templates) > 2 or not grid:
         return found
     few, layer = data.first(min(CP_PAIRS, pairs or CP_PAIRS)), chosen["exit_layer"]

@@ -85,16 +85,6 @@ class SparseRetriever:
         found = ((query, queries[i : i + 1] @ self.index) for i, query in enumerate(query_ids))
         return {query: best_first(self.document_ids, of.indices, of.data, depth) for query, of in found}
 
-    @property
-    def bytes_per_document(self) -> float:
-        """Of the index, mean over the documents."""
-        return sum(getattr(self.index, part).nbytes for part in ("data", "indices", "indptr")) / len(self.document_ids)
-
-    def operations(self, queries: csr_array) -> np.ndarray:
-        """Additions for each query: the entries of the index (postings) that it touches. One with m > 0 also goes
-        through the unembedding: hidden x vocabulary multiply-adds in any collection."""
-        return queries @ self.frequency
-
     def _first(self, tokens: AlignedTokens | None, count: int) -> AlignedTokens:
         """The first tokens of each text, which must be there and fit the setting."""
         if tokens is None or tokens.ids.shape[1] < count or tokens.centred != self.setting.centred:
@@ -229,20 +219,25 @@ def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: Spars
                 ) -> pd.DataFrame:
     """What a search costs as the collection grows beyond the real documents, with queries sent one at a time: columns
     method, documents, synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds)
-    with quartiles, operations (mean per query), bytes (per document). Synthetic collections are all documents and then
-    some again and again, so that token frequencies stay; a million take 7 GB (K = 128, hidden size 576)."""
+    with quartiles, operations (mean per query), bytes (per document, of the index or the embeddings). Operations are
+    multiply-adds with all embeddings, or an addition for each entry of the index (posting) that a query touches; one
+    with m > 0 also goes through the unembedding: hidden x vocabulary multiply-adds in any collection. Synthetic
+    collections are all documents and then some again and again, so that token frequencies stay; a million take 7 GB
+    (K = 128, hidden size 576)."""
     real, rows = len(embeddings), []
     for size in sizes:
         generator, ids = np.random.default_rng(0), list(map(str, range(size)))
         chosen = (np.append(np.arange(real), generator.integers(0, real, size - real)) if size > real
                   else np.sort(generator.choice(real, size, replace=False)))
         sparse = SparseRetriever(ids, documents[:, : setting.k][chosen], setting)
-        methods = {"sparse": (sparse, sparse.queries(own, query_tokens)),
-                   "dense": (DenseRetriever(ids, embeddings[chosen]), query_embeddings)}
-        calls = {method: lambda to=to, sent=sent: [to.search([""], sent[i : i + 1]) for i in range(len(own))]
-                 for method, (to, sent) in methods.items()}
-        seconds = measure(calls, rounds)
-        for method, (retriever, queries) in methods.items():
-            ms, work = ratio_quartiles(seconds[method], len(own) / 1000), retriever.operations(queries).mean()
-            rows.append((method, size, size > real, *ms, work, retriever.bytes_per_document))
+        dense, queries = DenseRetriever(ids, embeddings[chosen]), sparse.queries(own, query_tokens)
+        sent = {"sparse": (sparse, queries), "dense": (dense, query_embeddings)}
+        index_bytes = sum(getattr(sparse.index, part).nbytes for part in ("data", "indices", "indptr"))
+        work = {"sparse": ((queries @ sparse.frequency).mean(), index_bytes),
+                "dense": (dense.documents.size, dense.documents.nbytes)}
+        calls = {method: lambda to=to, of=of: [to.search([""], of[i : i + 1]) for i in range(len(own))]
+                 for method, (to, of) in sent.items()}
+        for method, seconds in measure(calls, rounds).items():
+            ms, (operations, size_in_bytes) = ratio_quartiles(seconds, len(own) / 1000), work[method]
+            rows.append((method, size, size > real, *ms, operations, size_in_bytes / size))
     return pd.DataFrame(rows, columns=["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "bytes"])

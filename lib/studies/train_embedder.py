@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from huggingface_hub.utils import WeakFileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.cluster.hierarchy import DisjointSet
@@ -31,17 +32,10 @@ from lib.core.prompts import get_prompt
 from lib.core.store import CACHE, fingerprint
 from lib.core.tokens import PromptTokenizer, TokenRows
 from lib.data.sources import SampleDataWarning, find_source
-from lib.data.sts import STS_TASKS, load_sts
+from lib.data.sts import load_sts
 from lib.data.transfer import TRANSFER_TASKS, load_transfer
 
-# Parts of data sets: task, split, which rows are positive pairs, and of which rows no sentence may be trained on.
-NONE, ALL = "index < 0", "index >= 0"
-PARTS = [
-    ("STS-B", "train", "score >= 4.0", NONE), ("SICK-R", "train", "score >= 4.2", NONE),
-    ("STS-B", "dev", NONE, ALL), ("SICK-R", "dev", NONE, ALL), *((task, "test", NONE, ALL) for task in STS_TASKS),
-    ("MRPC", "train", "split == 'train' and label == 1", "split == 'test'"),
-]
-SAMPLE = [("sample", "dev", "score >= 4.0", NONE), ("sample", "test", NONE, ALL)]
+PARTS = yaml.safe_load(Path(__file__).with_name("training_parts.yaml").read_text(encoding="utf-8"))
 FATES = ("in_evaluation", "equal", "repeated", "kept")
 # Positive pairs, lists of str; those of one group (int64, one a pair) are never each other's negatives.
 Pairs = namedtuple("Pairs", "first second groups provenance")
@@ -50,16 +44,16 @@ Pairs = namedtuple("Pairs", "first second groups provenance")
 def positive_pairs() -> Pairs:
     """The training pairs: the positive ones of `PARTS` without the sentences held out there. Mostly MRPC is left, as
     STS-B's training part is from STS12-16 and SICK-R's shares its sentences with its test part. Where the source is the
-    sample, `SAMPLE` stands in, with a `SampleDataWarning`."""
+    sample, its own parts stand in, with a `SampleDataWarning`."""
     source = find_source()
     if source.is_sample:
         text = "The pairs to train on come from sample data; what is trained on them compares with nothing."
         warnings.warn(text, SampleDataWarning, stacklevel=2)
     pairs, held_out, provenance = {}, [], []
-    for task, split, positive, held in SAMPLE if source.is_sample else PARTS:
+    for task, split, positive, held in PARTS["sample" if source.is_sample else "real"]:
         data = load_transfer(task, source) if task in TRANSFER_TASKS else load_sts(task, split, source)
         chosen, kept_back = (data.to_pandas().query(rows)[["sentence1", "sentence2"]] for rows in (positive, held))
-        pairs |= {f"{task} {split}": chosen.to_numpy().tolist()} if positive != NONE else {}
+        pairs |= {f"{task} {split}": chosen.to_numpy().tolist()} if positive != PARTS["none"] else {}
         held_out += kept_back.to_numpy().ravel().tolist()
         provenance.append(data.provenance)
     return make_pairs(pairs, held_out, provenance)
@@ -170,7 +164,7 @@ def trained_adapter(backbone: Backbone, fresh_since: float = 0.0, config: Traini
     pairs, dtype = positive_pairs(), str(choose_dtype(backbone.device)[0]).removeprefix("torch.")
     dtype = "float32" if dtype == "float16" else dtype
     choices = [asdict(config), asdict(get_prompt(config.prompt)), pairs.provenance, backbone.name, backbone.revision]
-    folder = CACHE / "adapters" / fingerprint([*choices, dtype, code_version(__name__)])
+    folder = CACHE / "adapters" / fingerprint([*choices, PARTS, dtype, code_version(__name__)])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
         if read_adapter(folder, fresh_since) is None:
