@@ -1,4 +1,4 @@
-"""`lib.core.mteb_encoder`: mteb's score is ours, other settings are other results, and no network is needed."""
+"""`mteb_model`: mteb's score is ours, other settings are other results, and no network is needed."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.models import EncoderProtocol  # noqa: E402
 
-from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
+from lib.core.sentence_transformer import mteb_identity, mteb_model  # noqa: E402
 
 METHODS = {"tp": TokenPrepending(1, 3), "another end": TokenPrepending(1, 2)}
 METHODS |= {f"vector of {n}": TokenPrepending(1, 3, init=np.full(32, n)) for n in (0, 1)}
@@ -54,8 +54,8 @@ def pairs():
     return load_sts("sample", "test", DataSource("sample", ROOT / "data" / "sample")).first(40).rows
 
 
-def score(encoder: SentenceEncoder, pairs, cache=None, **options) -> float:
-    found = mteb.evaluate(MtebEncoder(encoder), SamplePairs(pairs), cache=cache, show_progress_bar=False, **options)
+def score(model, pairs, cache=None, **options) -> float:
+    found = mteb.evaluate(model, SamplePairs(pairs), cache=cache, show_progress_bar=False, **options)
     return 100 * found.task_results[0].get_score()
 
 
@@ -67,26 +67,20 @@ def test_the_score_is_ours_and_the_batch_size_is_honoured(backbone, passes, pair
     expected = spearman(pairs["score"], cosine(first, second))
     # The score is of these pairs in this order.
     assert abs(expected) > 1 and abs(expected - spearman(pairs["score"], cosine(first, second[::-1]))) > 1
+    model = mteb_model(encoder)
     for size in (1, 7):
         passes.clear()
-        assert score(encoder, pairs, encode_kwargs={"batch_size": size}) == pytest.approx(expected, abs=1e-6)
+        assert score(model, pairs, encode_kwargs={"batch_size": size}) == pytest.approx(expected, abs=1e-6)
         rows = [rows for rows, _ in passes]
         assert max(rows) == size and sum(rows) == sum(len(set(side)) for side in sides)
 
 
-def test_it_is_an_encoder_of_mteb_and_refuses_what_it_cannot_do(backbone):
-    adapted = MtebEncoder(SentenceEncoder(backbone))
-    about = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
-    assert isinstance(adapted, EncoderProtocol)
-    texts = ["No.", "A plane takes off.", "No."]
-    found = adapted.encode([{"text": texts[:2]}, {"text": texts[2:]}], **about, precision="float32")
-    assert found.dtype == np.float32 and np.array_equal(found, adapted.encoder.encode(texts))
-    with pytest.raises(ValueError, match="int8"):
-        adapted.encode([{"text": texts}], **about, precision="int8")
+def test_it_is_an_encoder_of_mteb(backbone):
+    assert isinstance(mteb_model(SentenceEncoder(backbone)), EncoderProtocol)
 
 
 def test_every_setting_is_an_experiment_of_its_own(backbone):
-    metas = [MtebEncoder(SentenceEncoder(backbone, **options)).mteb_model_meta for options in SETTINGS.values()]
+    metas = [mteb_model(SentenceEncoder(backbone, **options)).mteb_model_meta for options in SETTINGS.values()]
     assert len({meta.experiment_name for meta in metas}) == len(SETTINGS)
     methods = dict(zip(SETTINGS, (meta.experiment_kwargs["method"] for meta in metas)))
     assert methods["baseline"] == "baseline" and methods["tp"] == "TokenPrepending"
@@ -98,13 +92,13 @@ def test_every_setting_is_an_experiment_of_its_own(backbone):
 
 def test_mteb_files_two_tp_settings_apart_and_finds_them_again(backbone, pairs, monkeypatch, tmp_path):
     cache = mteb.ResultCache(cache_path=tmp_path)
-    encoders = [SentenceEncoder(backbone, **SETTINGS[name]) for name in ("tp", "another end")]
-    scores = [score(encoder, pairs, cache) for encoder in encoders]
+    models = [mteb_model(SentenceEncoder(backbone, **SETTINGS[name])) for name in ("tp", "another end")]
+    scores = [score(model, pairs, cache) for model in models]
     files = list(tmp_path.rglob("SamplePairs.json"))
     assert len({file.parent.name for file in files}) == 2 and scores[0] != scores[1]
     assert all("local__tiny-llama" in str(file.relative_to(tmp_path)) for file in files)
     monkeypatch.setattr(SentenceEncoder, "encode", None)  # from here on nothing can be computed
-    assert [score(encoder, pairs, cache) for encoder in encoders] == pytest.approx(scores, abs=1e-3)
+    assert [score(model, pairs, cache) for model in models] == pytest.approx(scores, abs=1e-3)
 
 
 def test_names_have_an_organisation_and_tell_no_path(backbone, monkeypatch, tmp_path):
@@ -114,6 +108,6 @@ def test_names_have_an_organisation_and_tell_no_path(backbone, monkeypatch, tmp_
     (tmp_path / "tuned").mkdir()
     monkeypatch.chdir(tmp_path / "tuned")
     here = dataclasses.replace(backbone, name=".", revision="local folder")
-    meta = MtebEncoder(SentenceEncoder(here)).mteb_model_meta
+    meta = mteb_model(SentenceEncoder(here)).mteb_model_meta
     assert (meta.name, meta.revision) == ("local/tuned", here.fingerprint)
     assert type(meta).model_validate(meta.model_dump()).name == meta.name  # mteb checks the name's form here
