@@ -14,9 +14,8 @@ from tiny_models import tiny_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib.core.encoder import SentenceEncoder
-from lib.core.postprocess import MeanRemoved, principal_components
-from lib.core.token_prepending import TokenPrepending
+from lib import MeanRemoved, SentenceEncoder, TokenPrepending
+from lib.core.postprocess import principal_components
 from lib.data.sources import EvaluationData
 from lib.data.texts import load_minimal_pairs
 from lib.evaluation.alignment import alignment_metrics, alignment_scores, decode_logits, embedding_ranks
@@ -65,17 +64,16 @@ def test_gains_by_hand():
     found = key_tokens.gain_relation(encoders, spelled(), data, [2], draws=200)
     # LAR gains of the pairs: 3/4, 1/4, 3/4. The fourth has a text without tokens, so it does not count among the gains.
     # Distances of the ranks from gold, of 4: 2, 0, 2.5 before and 0, 1, 1.5 after.
-    assert found[["variant", "layer"]].to_numpy().tolist() == [["TP", 2]]
-    assert found["gain in LAR"][0] == pytest.approx(1.75 / 3)
-    assert found["gain in STS"][0] == pytest.approx(100 / 4 * 2 / 3)
-    assert found["spearman"][0] == pytest.approx(100 * np.sqrt(3) / 2)  # ranks 2.5, 1, 2.5 and 3, 1, 2
-    assert found["low"][0] <= found["spearman"][0] <= found["high"][0]
+    [row] = found.to_dict("records")
+    assert [row["variant"], row["layer"]] == ["TP", 2] and row["low"] <= row["spearman"] <= row["high"]
+    assert [row["gain in LAR"], row["gain in STS"]] == pytest.approx([1.75 / 3, 100 / 4 * 2 / 3])
+    assert row["spearman"] == pytest.approx(100 * np.sqrt(3) / 2)  # ranks 2.5, 1, 2.5 and 3, 1, 2
 
 
 def test_scores_by_rule_and_layer(backbone):
     encoder = SentenceEncoder(backbone, "prompteol")
-    encoders = {"a": encoder, "b": encoder}
-    table = key_tokens.key_token_scores(encoders, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
+    table = key_tokens.key_token_scores(
+        {"a": encoder, "b": encoder}, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
     assert list(zip(table["rule"], table["layer"]))[::10] == [(MERGED, 2), (MERGED, 4), (CONTENT, 2), (CONTENT, 4)]
     assert (table["difference"] == 0).all()
     ranks = embedding_ranks(backbone, encoder.encode_layers(TEXTS, [2])[2], 2, TEXTS, CONTENT_RULE)
@@ -151,9 +149,8 @@ def test_shifts_and_adjustments_change_alignment_and_sts(backbone):
     assert (table.loc["none", ["difference", "difference_low", "difference_high"]] == 0).all()
     centred, moved = table.loc["mean subtracted"], MeanRemoved(spectrum.mean)(own)
     expected = spearman(data["score"], cosine(moved[:3], moved[1:]))
-    assert centred["STS"] == pytest.approx(expected)
-    assert centred["difference"] == pytest.approx(expected - table.loc["none", "STS"])
-    assert centred["LAR"] == pytest.approx(mean_lar(moved))
+    columns = centred[["STS", "difference", "LAR"]].tolist()
+    assert columns == pytest.approx([expected, expected - table.loc["none", "STS"], mean_lar(moved)])
 
 
 def test_overlap_against_sets_and_beside_cosine(backbone):
@@ -232,14 +229,13 @@ def test_class_scores_by_hand():
 def test_answers_under_all_instructions(backbone):
     texts = [f"It was {word} on day {i}." for i in range(10) for word in ("awful", "wonderful")]
     data = {"CR": EvaluationData("CR", Dataset.from_dict({"sentence1": texts, "label": [0, 1] * 10}), {})}
-    words = {"negative": ["a", "b"], "positive": ["c", "d"]}
-    answers = {}
+    words, answers = {"negative": ["a", "b"], "positive": ["c", "d"]}, {}
     for variant, method in {"baseline": None, "TP": TokenPrepending(1, 2)}.items():
         encoders = {aspect: SentenceEncoder(backbone, prompt, method) for aspect, prompt in INSTRUCTIONS.items()}
         answers[variant] = concepts.instruction_answers(encoders, data, words)
     table = answers["baseline"].set_index(["measure", "instruction", "item"])["found"].sort_index()
-    states = SentenceEncoder(backbone, "prompteol").encode(texts)
-    scores = concepts.class_scores(backbone, states, -1, list(words), words)
+    scores = concepts.class_scores(
+        backbone, SentenceEncoder(backbone, "prompteol").encode(texts), -1, list(words), words)
     right = 100.0 * (scores.argmax(axis=1) == np.array([0, 1] * 10))
     assert table["zero-shot", NO].tolist() == right.tolist()
     assert set(table["zero-shot", "wrong"]) <= {0, 100 / 3, 200 / 3, 100}  # the mean over three instructions

@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from test_hardware import in_float16, with_large_activations
-from test_variants import reference_change
+from test_token_prepending import reference_change
 from tiny_models import FAMILIES, HIDDEN, LAYERS, SENTENCES, SPARE_TOKEN, assert_same, prompt_ids, tiny_backbone
 
 import lib

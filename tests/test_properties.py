@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tiny_models import HIDDEN, KINDS, assert_same, build_tokenizer, tiny_backbone
+from tiny_models import HIDDEN, KINDS, TP, assert_same, build_tokenizer, tiny_backbone
 
-from lib.core.attention_values import AttentionValues
-from lib.core.contrastive import ContrastivePrompting
-from lib.core.encoder import SentenceEncoder
-from lib.core.token_prepending import TokenPrepending
+from lib import AttentionValues, ContrastivePrompting, SentenceEncoder, TokenPrepending
 from lib.core.tokens import PromptTokenizer
 
-TP = TokenPrepending(1, 3)
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
 ODD = (
     *SPECIAL, "<PST>", "<<PST>>", "<PST", "PST>", "<0x0A>", "{sentence}", '"', "'", '" means in one word:"', "?", ".",

@@ -18,9 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib.core.backbone import Backbone
-from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PLACEHOLDER, PROMPTS, SENTENCE, Prompt
+from lib import PROMPTS, Backbone, Prompt, SentenceEncoder, TokenPrepending
+from lib.core.prompts import PLACEHOLDER, SENTENCE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 KINDS = ("bytes", "bytes_bos", "metaspace")  # of tokenizers, see `build_tokenizer`
@@ -31,6 +30,7 @@ ROWS = VOCABULARY + 16
 LAYERS = 4
 HIDDEN = 32
 WINDOW = 12
+TP = TokenPrepending(1, 3)  # for tests to which its settings are no matter
 # Largest difference allowed, as a part of the largest value. Rounding reaches 3e-6 here.
 TOLERANCE = 2e-5
 
