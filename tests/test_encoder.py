@@ -78,6 +78,7 @@ def test_layers_keep_their_names_and_equal_single_passes(backbone, passes):
     for layer, embeddings in found.items():
         assert np.array_equal(embeddings, encoder.changed(exit_layer=layer).encode(SENTENCES))
     assert encoder.changed(exit_layer=-2).exit_layer == LAYERS - 1
+    assert encoder.max_length == encoder.changed(max_length=512).max_length == backbone.max_length == 256
 
 
 def test_a_progress_bar_is_shown_for_many_sentences_or_when_asked_for(backbone, capsys):
@@ -110,14 +111,6 @@ def test_bad_sentences_are_refused(backbone, passes, sentences, message):
 def test_bad_choices_are_refused(backbone, choices, message):
     with pytest.raises(ValueError, match=message):
         SentenceEncoder(backbone, **choices).encode("No.")
-
-
-def test_max_length_is_kept_to_and_is_at_most_the_model_s(backbone, passes):
-    encoder = SentenceEncoder(backbone, "ke", TP, max_length=200, share_prefix=False)
-    with pytest.warns(UserWarning, match="^2 of 4 sentences were cut to [0-9]+ tokens"):
-        encoder.encode(["No.", "flute " * 10_000, "flute " * 9_999, "Yes."])
-    assert 180 <= max(tokens for _, tokens in passes) <= 200
-    assert encoder.changed(max_length=512).max_length == backbone.max_length == 256
 
 
 def pooled(states: np.ndarray, pooling: str) -> np.ndarray:
