@@ -8,32 +8,25 @@ import numpy as np
 import pytest
 from datasets import DatasetDict
 
-from lib.core.encoder import SentenceEncoder
-from lib.core.store import ROOT
-from lib.core.token_prepending import TokenPrepending
-from lib.data.sources import DataSource
+from lib import SentenceEncoder, TokenPrepending
+from lib.data.sources import DATA, DataSource
 from lib.data.sts import load_sts
 from lib.evaluation.sts import cosine, spearman
 
 mteb = pytest.importorskip("mteb", minversion="2", reason='mteb is optional: pip install "mteb>=2,<3"')
 
-from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-from mteb.models import EncoderProtocol  # noqa: E402
-
 from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
-METHODS = {"tp": TokenPrepending(1, 3), "another end": TokenPrepending(1, 2)}
-METHODS |= {f"vector of {n}": TokenPrepending(1, 3, init=np.full(32, n)) for n in (0, 1)}
 SETTINGS = {"baseline": {}, "another layer": {"exit_layer": 2}, "another prompt": {"prompt": "ke"}}
 SETTINGS |= {"another pooling": {"pooling": "mean"}, "another length": {"max_length": 100}}
-SETTINGS |= {name: {"method": method} for name, method in METHODS.items()}
+SETTINGS |= {"tp": {"method": TokenPrepending(1, 3)}, "another end": {"method": TokenPrepending(1, 2)}}
+SETTINGS |= {f"vector of {n}": {"method": TokenPrepending(1, 3, init=np.full(32, n))} for n in (0, 1)}
 
 
-class SamplePairs(AbsTaskSTS):
+class SamplePairs(mteb.abstasks.sts.AbsTaskSTS):
     """An STS task whose pairs are in memory."""
 
-    metadata = TaskMetadata(
+    metadata = mteb.TaskMetadata(
         name="SamplePairs", description="Pairs of the sample", type="STS", main_score="cosine_spearman",
         eval_splits=["test"], eval_langs=["eng-Latn"], dataset={"path": "in/memory", "revision": "1"})
 
@@ -51,7 +44,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def pairs():
-    return load_sts("sample", "test", DataSource("sample", ROOT / "data" / "sample")).first(40).rows
+    return load_sts("sample", "test", DataSource("sample", DATA / "sample")).first(40).rows
 
 
 def score(encoder: SentenceEncoder, pairs, cache=None, **options) -> float:
@@ -77,7 +70,7 @@ def test_the_score_is_ours_and_the_batch_size_is_honoured(backbone, passes, pair
 def test_it_is_an_encoder_of_mteb_and_refuses_what_it_cannot_do(backbone):
     adapted = MtebEncoder(SentenceEncoder(backbone))
     about = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
-    assert isinstance(adapted, EncoderProtocol)
+    assert isinstance(adapted, mteb.EncoderProtocol)
     texts = ["No.", "A plane takes off.", "No."]
     found = adapted.encode([{"text": texts[:2]}, {"text": texts[2:]}], **about, precision="float32")
     assert found.dtype == np.float32 and np.array_equal(found, adapted.encoder.encode(texts))
