@@ -164,15 +164,10 @@ def test_text_tokens_keep_repeats_and_drop_what_does_not_count():
 
 
 def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
-    class Spelled:
-        """The tokenizer with a known encoding; the one by hand has no merges."""
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def __call__(self, texts, **_):
-            return {"input_ids": [[0, DOG] for _ in texts]}
-
-    backbone = head(torch.eye(len(ENTRIES)), tokenizer=Spelled())
+    # The tokenizer by hand has no merges; here it has a known encoding.
+    known = {"__call__": lambda self, texts, **_: {"input_ids": [[0, DOG] for _ in texts]}}
+    spelled = type("Spelled", (PreTrainedTokenizerFast,), known)(tokenizer_object=tokenizer._tokenizer, bos_token="<s>")
+    backbone = head(torch.eye(len(ENTRIES)), tokenizer=spelled)
     states = np.zeros((2, len(ENTRIES)), np.float32)
     states[0, [OF_DOG, LINE, BIG_DOG, 0]], states[1, [RUN, STOP, SEVEN, DOG]] = [4, 3, 2, 1], [4, 3, 2, 1]
     table = alignment.aligned_tokens(backbone, states, k=4, texts=["dog", "a dog"])
@@ -419,7 +414,7 @@ def test_the_data_fits_together():
     assert list(load_minimal_pairs().groupby("kind", sort=False).size().items()) == [(kind, 16) for kind in KINDS]
     for task in TASKS.values():
         assert task["aspect"] in INSTRUCTIONS and set(task["classes"]) <= set(WORDS)
-    words = [word for name in WORDS for word in WORDS[name]]
+    words = sum(map(list, WORDS.values()), [])
     assert len(words) == len(set(words))
     assert {prompt.templates[0].partition("{sentence}")[0] for prompt in INSTRUCTIONS.values()} == {'This sentence : "'}
 

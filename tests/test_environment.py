@@ -46,9 +46,8 @@ def install(project, *names, stub=STUB):
 def call(project, *command):
     """Run a script; what became of it, and the new lines of the log."""
     (project / "log").write_text("")
-    environment = {"PATH": str(project / "stubs"), "LOG": str(project / "log")}
-    command = [shutil.which("bash"), *command]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    options = {"cwd": project, "env": {"PATH": str(project / "stubs"), "LOG": str(project / "log")}}
+    done = subprocess.run([shutil.which("bash"), *command], capture_output=True, text=True, **options)
     return done, (project / "log").read_text().splitlines()
 
 
@@ -143,8 +142,7 @@ def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatc
     colab.install([])
     assert len(commands) == 2, "a restart installs nothing"
     # Every requirement is pinned in a form that it can read.
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    named = [line for line in lines if line and not line.startswith("#")]
+    named = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(line.count("==") == 1 and " " not in line for line in named)
     assert len({line.partition("==")[0] for line in named}) == len(named)
     assert colab.BUNDLED_MODEL in (ROOT / "lib" / "run" / "environment.sh").read_text()

@@ -80,8 +80,7 @@ def test_every_task_is_a_result_and_the_context_reaches_whom_it_concerns(tmp_pat
 
 
 def test_a_number_carries_all_that_it_hangs_on(tmp_path, shown, pairs):
-    folder = tmp_path / "models" / "tiny"
-    folder.mkdir(parents=True)
+    (folder := tmp_path / "models" / "tiny").mkdir(parents=True)
     run = start(model=str(folder), parameters={"draws": 10})
     encoder = run.encoder(store=None)
     run.show(run.sts(encoder, {"one": pairs["one"]}), "scores", "STS")

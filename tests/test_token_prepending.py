@@ -84,7 +84,7 @@ def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
     def keep(name):
         return lambda _, args, *output: received.update({name: (output or args)[0]})
     handles = [block.register_forward_pre_hook(keep(i)) for i, block in enumerate(backbone.layers)]
-    handles += [backbone.embeddings.register_forward_hook(keep("embeddings"))]
+    handles.append(backbone.embeddings.register_forward_hook(keep("embeddings")))
     with torch.inference_mode(), TokenPrepending(0, LAYERS).attach(backbone, at(3)):
         backbone.base(input_ids=PLAIN_IDS, use_cache=False)
     assert torch.equal(received["embeddings"], torch.nn.functional.embedding(PLAIN_IDS, backbone.embeddings.weight))
