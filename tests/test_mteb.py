@@ -15,18 +15,23 @@ from lib.evaluation.sts import cosine, spearman
 
 mteb = pytest.importorskip("mteb", minversion="2", reason='mteb is optional: pip install "mteb>=2,<3"')
 
+from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.models import EncoderProtocol  # noqa: E402
+
 from lib.core.mteb_encoder import MtebEncoder, mteb_identity  # noqa: E402
 
+METHODS = {"tp": TokenPrepending(1, 3), "another end": TokenPrepending(1, 2)}
+METHODS |= {f"vector of {n}": TokenPrepending(1, 3, init=np.full(32, n)) for n in (0, 1)}
 SETTINGS = {"baseline": {}, "another layer": {"exit_layer": 2}, "another prompt": {"prompt": "ke"}}
 SETTINGS |= {"another pooling": {"pooling": "mean"}, "another length": {"max_length": 100}}
-SETTINGS |= {"tp": {"method": TokenPrepending(1, 3)}, "another end": {"method": TokenPrepending(1, 2)}}
-SETTINGS |= {f"vector of {n}": {"method": TokenPrepending(1, 3, init=np.full(32, n))} for n in (0, 1)}
+SETTINGS |= {name: {"method": method} for name, method in METHODS.items()}
 
 
-class SamplePairs(mteb.abstasks.sts.AbsTaskSTS):
+class SamplePairs(AbsTaskSTS):
     """An STS task whose pairs are in memory."""
 
-    metadata = mteb.TaskMetadata(
+    metadata = TaskMetadata(
         name="SamplePairs", description="Pairs of the sample", type="STS", main_score="cosine_spearman",
         eval_splits=["test"], eval_langs=["eng-Latn"], dataset={"path": "in/memory", "revision": "1"})
 
@@ -70,7 +75,7 @@ def test_the_score_is_ours_and_the_batch_size_is_honoured(backbone, passes, pair
 def test_it_is_an_encoder_of_mteb_and_refuses_what_it_cannot_do(backbone):
     adapted = MtebEncoder(SentenceEncoder(backbone))
     about = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
-    assert isinstance(adapted, mteb.EncoderProtocol)
+    assert isinstance(adapted, EncoderProtocol)
     texts = ["No.", "A plane takes off.", "No."]
     found = adapted.encode([{"text": texts[:2]}, {"text": texts[2:]}], **about, precision="float32")
     assert found.dtype == np.float32 and np.array_equal(found, adapted.encoder.encode(texts))
