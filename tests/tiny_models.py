@@ -166,7 +166,7 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
         for start, end, positions in writes:
             if start <= i < end:
                 h = h.clone()
-                h[:, positions] = h[:, -1:]
+                h[:, positions] = h[:, -1:].clone()
         if change:
             h, kwargs = change(i, h.clone(), block, args, dict(kwargs), states)
         states.append(h[0])
