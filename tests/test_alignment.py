@@ -1,21 +1,32 @@
-"""Logits, token rules and alignment metrics: against models' own heads and hand computation."""
+"""Logits, token rules, alignment metrics, studies of key tokens and concepts: against models' own heads and by hand."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backbone
+from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backbone, untouched
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from lib.core.backbone import Backbone
+from lib import Backbone, MeanRemoved, SentenceEncoder, TokenPrepending
+from lib.core.postprocess import principal_components
+from lib.data.sources import EvaluationData
+from lib.data.texts import load_minimal_pairs
 from lib.evaluation import alignment, vocabulary
-from lib.evaluation.alignment import alignment_scores, decode_logits, final_states, logit_chunks, top_tokens
-from lib.evaluation.vocabulary import DEFAULT_RULE, OFFICIAL_RULE, TokenRule, token_classes, token_texts
+from lib.evaluation.alignment import alignment_metrics, alignment_scores, decode_logits, embedding_ranks, top_tokens
+from lib.evaluation.sts import cosine, spearman
+from lib.evaluation.vocabulary import CONTENT_RULE, DEFAULT_RULE, OFFICIAL_RULE, TokenRule, token_classes, token_texts
+from lib.studies import concepts, key_tokens
+from lib.studies.concepts import INSTRUCTIONS, QUESTIONS, TASKS, WORDS
+from lib.studies.key_tokens import CONTENT, MERGED, STUDIED, Spectrum
 
 # A byte-level vocabulary by hand. Bytes C3 and E3 are parts of characters; lower case would turn the name of one into
 # the other's ("Ã" into "ã").
@@ -56,7 +67,7 @@ def test_logits_are_those_of_the_models_own_head_and_states_before_the_last_go_t
         with pytest.raises(ValueError, match="tiny-opt_narrow"):
             decode_logits(backbone, state.numpy(), 2)
         return
-    np.testing.assert_allclose(final_states(backbone, state.numpy(), 2), normed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alignment.final_states(backbone, state.numpy(), 2), normed, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         decode_logits(backbone, state.numpy(), 2), decode_logits(backbone, normed.numpy()), rtol=1e-4, atol=1e-4)
     assert not np.allclose(normed, state)
@@ -70,12 +81,12 @@ def test_half_precision_models_norm_states_in_float32(family, dtype):
     exact = copy.deepcopy(half).float()
     half, exact = (Backbone.from_model(model, build_tokenizer(), family) for model in (half, exact))
     states = 1e6 * np.random.default_rng(0).normal(size=(3, half.hidden_size)).astype(np.float32)
-    before = copy.deepcopy(half.final_norm.state_dict())
     with torch.inference_mode():
         expected = exact.final_norm(torch.tensor(states)).numpy()
-    np.testing.assert_allclose(final_states(half, states, 2), expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(decode_logits(half, states, 2), decode_logits(exact, states, 2), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dict(half.final_norm.state_dict()), dict(before), rtol=0, atol=0)
+    with untouched(half):
+        found, logits = alignment.final_states(half, states, 2), decode_logits(half, states, 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(logits, decode_logits(exact, states, 2), rtol=1e-5, atol=1e-4)
 
 
 def test_chunks_of_texts_and_of_the_vocabulary_change_nothing_and_logits_that_are_not_finite_are_refused(monkeypatch):
@@ -87,13 +98,14 @@ def test_chunks_of_texts_and_of_the_vocabulary_change_nothing_and_logits_that_ar
     backbone, whole = head(weight, bias), states @ weight.T + bias
     monkeypatch.setattr(alignment, "LOGIT_BYTES", 3 * 37 * 4)
     monkeypatch.setattr(alignment, "ROWS", 5)
-    assert [len(chunk) for chunk in logit_chunks(backbone, states)] == [3, 3, 3, 2]
+    assert [len(chunk) for chunk in alignment.logit_chunks(backbone, states)] == [3, 3, 3, 2]
     for layer in (1, -1):  # there is no final norm, so that all states are read as they are
         np.testing.assert_allclose(decode_logits(backbone, states, layer), whole, atol=1e-5)
     ids, logits = top_tokens(backbone, states, k=6)
     np.testing.assert_array_equal(ids, np.argsort(-whole, axis=1)[:, :6])
     np.testing.assert_allclose(logits, -np.sort(-whole, axis=1)[:, :6], atol=1e-5)
-    np.testing.assert_allclose(alignment.mean_logits(logit_chunks(backbone, states)), whole.mean(axis=0), atol=1e-6)
+    mean = alignment.mean_logits(alignment.logit_chunks(backbone, states))
+    np.testing.assert_allclose(mean, whole.mean(axis=0), atol=1e-6)
 
 
 def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stands_minus_a_mean():
@@ -101,7 +113,7 @@ def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stan
     states = np.array([[1, 9, 8, 7, 3, 2], [6, 1, 2, 3, 4, 5.5]], np.float32)
     ids, logits = top_tokens(backbone, states, k=3, classes=classes)
     assert ids.tolist() == [[1, 0, 5], [0, 5, 1]] and logits.tolist() == [[9, 3, 2], [6, 5.5, 2]]
-    mean = alignment.mean_logits(logit_chunks(backbone, states, classes=classes))
+    mean = alignment.mean_logits(alignment.logit_chunks(backbone, states, classes=classes))
     assert mean.tolist() == [4.5, 5.5, -np.inf, -np.inf, -np.inf, 3.75]
     ids, logits = top_tokens(backbone, states, k=3, classes=classes, mean=mean)
     assert ids.tolist() == [[1, 0, 5], [5, 0, 1]] and logits.tolist() == [[3.5, -1.5, -1.75], [1.75, 1.5, -3.5]]
@@ -134,7 +146,7 @@ def test_rules_by_hand(tokenizer):
     assert changed(merge_case=False) == {OF_DOG: DOG, OF_BIG_DOG: BIG_DOG}
     assert changed(merge_space=False) == {BIG_DOG: DOG, OF_BIG_DOG: OF_DOG}
     assert changed() == {OF_DOG: DOG, BIG_DOG: DOG, OF_BIG_DOG: DOG, OF_THE: THE}
-    content = token_classes(tokenizer, size, vocabulary.CONTENT_RULE)
+    content = token_classes(tokenizer, size, CONTENT_RULE)
     assert set(np.flatnonzero(content < 0)) == {0, THE, OF_THE, STOP, SPACE, SPACES, NOT, LINE}
     assert content[[DOG, OF_DOG, RUN, SEVEN]].tolist() == [DOG, DOG, RUN, SEVEN]
     with pytest.raises(ValueError, match="read-only"):
@@ -152,15 +164,10 @@ def test_text_tokens_keep_repeats_and_drop_what_does_not_count():
 
 
 def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
-    class Spelled:
-        """The tokenizer with a known encoding; the one by hand has no merges."""
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def __call__(self, texts, **_):
-            return {"input_ids": [[0, DOG] for _ in texts]}
-
-    backbone = head(torch.eye(len(ENTRIES)), tokenizer=Spelled())
+    # The tokenizer by hand has no merges; here it has a known encoding.
+    known = {"__call__": lambda self, texts, **_: {"input_ids": [[0, DOG] for _ in texts]}}
+    spelled = type("Spelled", (PreTrainedTokenizerFast,), known)(tokenizer_object=tokenizer._tokenizer, bos_token="<s>")
+    backbone = head(torch.eye(len(ENTRIES)), tokenizer=spelled)
     states = np.zeros((2, len(ENTRIES)), np.float32)
     states[0, [OF_DOG, LINE, BIG_DOG, 0]], states[1, [RUN, STOP, SEVEN, DOG]] = [4, 3, 2, 1], [4, 3, 2, 1]
     table = alignment.aligned_tokens(backbone, states, k=4, texts=["dog", "a dog"])
@@ -184,12 +191,12 @@ def test_ranks_and_metrics_by_hand():
     assert ranks["text"].tolist() == [0, 0, 0, 1, 1, 1] and ranks["token"].tolist() == [3, 5, 1, 0, 9, 5]
     assert ranks["length"].tolist() == [4, 4, 4, 3, 3, 3]
     np.testing.assert_array_equal(ranks["rank"], [2, 4, 5, 5, np.nan, np.nan])
-    metrics = alignment.alignment_metrics(ranks, ks=(1, 2, 5))
+    metrics = alignment_metrics(ranks, ks=(1, 2, 5))
     assert metrics[["Hit@1", "Hit@2", "Hit@5"]].to_numpy().tolist() == [[0, 1, 1], [0, 0, 1]]
     # Of {3, 5, 1} the prefix of length 4 holds 3 and 5, cut at 2 only 3; of {0, 9, 5} the prefix of length 3 none.
     np.testing.assert_allclose(metrics[["LAR", "LAR@2", "LAR@5"]], [[2 / 3, 1 / 3, 2 / 3], [0, 0, 0]])
     with pytest.raises(ValueError, match="Hit@7"):
-        alignment.alignment_metrics(ranks, ks=(1, 7))
+        alignment_metrics(ranks, ks=(1, 7))
     for shallow, own in ((TOP[:, :3], OWN), (TOP, OWN[:1])):
         with pytest.raises(ValueError, match="end after"):
             alignment.token_ranks(shallow, own)
@@ -213,8 +220,231 @@ def test_rankings_as_deep_as_the_longest_text():
     backbone = tiny_backbone("llama", "bytes_bos")
     texts = ["A dog.", "The stock market fell by 3.5 percent on Tuesday, analysts said. " * 4]
     states = np.random.default_rng(0).normal(size=(2, backbone.hidden_size)).astype(np.float32)
-    ranks = alignment.embedding_ranks(backbone, states, -1, texts, OFFICIAL_RULE, deepest=2)
+    ranks = embedding_ranks(backbone, states, -1, texts, OFFICIAL_RULE, deepest=2)
     assert ranks["length"].max() == len(backbone.tokenizer(texts[1])["input_ids"]) > 50
     logits = decode_logits(backbone, states)
     for row in ranks[ranks["rank"].notna()].itertuples():
         assert row.rank == 1 + (logits[row.text] > logits[row.text, row.token]).sum()
+
+
+NO, KINDS = "no instruction", list(QUESTIONS["related: all of them above topic shift"])
+TEXTS = ["A dog runs home.", "The cat sleeps.", "Rain fell all day.", "A dog sleeps."]
+
+
+def pairs_of(first, second, score):
+    columns = {"subset": ["all"] * len(score), "sentence1": first, "sentence2": second, "score": score}
+    return EvaluationData("pairs", Dataset.from_dict(columns), {})
+
+
+def spelled():
+    """A backbone whose logits are its states, one for each of 60 words; `<s>` is a token that does not count."""
+    core = Tokenizer(token_models.WordLevel({f"word{i}": i for i in range(60)} | {"<s>": 60}, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>")
+    return head(torch.eye(61), tokenizer=tokenizer)
+
+
+def speller(angles, found):
+    """An encoder of given texts: their highest tokens are those `found`, their cosines those of `angles` in degrees."""
+    def encode_layers(texts, layers):
+        states = np.zeros((len(texts), 61), np.float32)
+        for state, text in zip(states, texts):
+            state[[50, 51]] = -10 * np.cos(np.radians([angles[text], 90 - angles[text]]))
+            state[found[text]] = 0.01
+        return dict.fromkeys(layers, states)
+    return SimpleNamespace(encode_layers=encode_layers)
+
+
+def test_gains_by_hand():
+    first, second, third, fourth, empty = "word0 word1", "word2 word3", "word4 word5", "word6 word7", "<s>"
+    nothing = dict.fromkeys([first, second, third, fourth, empty], [40, 41])
+    some = nothing | {first: [0, 1], second: [2, 40], fourth: [41, 7]}  # LAR 1, 1/2, 0 and 1/2
+    angles = {first: 45, second: 55, third: 75, fourth: 15, empty: 45}
+    later = angles | {second: 75, third: 85, fourth: 25}
+    data = pairs_of([first, second, first, first], [second, third, fourth, empty], [1.0, 2.0, 3.0, 3.0])
+    encoders = {"baseline": speller(angles, nothing), "TP": speller(later, some)}
+    found = key_tokens.gain_relation(encoders, spelled(), data, [2], draws=200)
+    # LAR gains of the pairs: 3/4, 1/4, 3/4. The fourth has a text without tokens, so it does not count among the gains.
+    # Distances of the ranks from gold, of 4: 2, 0, 2.5 before and 0, 1, 1.5 after.
+    [row] = found.to_dict("records")
+    assert [row["variant"], row["layer"]] == ["TP", 2] and row["low"] <= row["spearman"] <= row["high"]
+    assert [row["gain in LAR"], row["gain in STS"]] == pytest.approx([1.75 / 3, 100 / 4 * 2 / 3])
+    assert row["spearman"] == pytest.approx(100 * np.sqrt(3) / 2)  # ranks 2.5, 1, 2.5 and 3, 1, 2
+
+
+def test_scores_by_rule_and_layer(backbone):
+    encoder = SentenceEncoder(backbone, "prompteol")
+    table = key_tokens.key_token_scores(
+        {"a": encoder, "b": encoder}, backbone, TEXTS, layers=[2, -1], reference="b", draws=20)
+    assert list(zip(table["rule"], table["layer"]))[::10] == [(MERGED, 2), (MERGED, 4), (CONTENT, 2), (CONTENT, 4)]
+    assert (table["difference"] == 0).all()
+    ranks = embedding_ranks(backbone, encoder.encode_layers(TEXTS, [2])[2], 2, TEXTS, CONTENT_RULE)
+    expected = alignment_scores({"a": ranks}, (10,), draws=0)
+    assert table["value"][20:25].tolist() == expected["value"].tolist()
+    assert table["metric"][20:25].tolist() == [f"{metric}, content words" for metric in expected["metric"]]
+
+
+def test_components_equal_numpys():
+    embeddings = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 2
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    for centred in (False, True):
+        components, values = principal_components(embeddings, centre=centred)
+        _, expected_values, expected = np.linalg.svd(embeddings - centred * mean, full_matrices=False)
+        np.testing.assert_allclose(values, expected_values)
+        np.testing.assert_allclose(np.abs(np.sum(components * expected, axis=1)), 1)
+        assert (components @ mean > 0).all()
+        np.testing.assert_allclose(principal_components(-embeddings, centre=centred)[0], -components, atol=1e-9)
+
+
+def test_variation_by_hand_and_of_what_only_moves_the_first_component():
+    backbone = np.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], np.float32)  # its components are the first two axes
+    embedder = backbone + np.array([[-1.0, 1.0, 2.0], [-5.0, 1.0, -2.0]], np.float32)
+    spectrum = Spectrum.between(backbone, embedder)
+    # The mean change is (-3, 1, 0). Squared norms: of the changes 6 and 30, of the mean one 10.
+    assert spectrum.variation["component"].tolist() == [1, 2] and spectrum.v1 == -3
+    np.testing.assert_allclose(spectrum.variation[["variation", "deviation"]], [[-3, 2], [1, 0]], atol=1e-12)
+    np.testing.assert_allclose(spectrum.variation[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
+    assert spectrum.first.tolist() == [1, 0, 0] and spectrum.mean.tolist() == [1, 0.5, 0]
+    assert spectrum.shift(0.5)(backbone).tolist() == [[0.5, 0, 0], [-1.5, 1, 0]]
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
+        Spectrum.between(backbone, embedder[:1])
+    # An embedder that only moves the first component is found out without centring.
+    states = np.random.default_rng(0).normal(size=(60, 5)) + 4
+    target = states - 2.5 * principal_components(states)[0][0]
+    np.testing.assert_allclose(Spectrum.between(states, target).shift()(states), target, atol=1e-5)
+    table = key_tokens.spectrum_stability({"m": states}, target, (20, 60, 500))
+    assert table["N"].tolist() == [20, 60, 20, 60] and table["centred"].tolist() == [False, False, True, True]
+    whole = table[(table["N"] == 60) & ~table["centred"]].iloc[0]
+    assert (whole["v_1"], whole["share"], whole["cosine"]) == pytest.approx((-2.5, 1, 1))
+    assert (table.loc[table["centred"], "share"] < 0.9).all()  # without the mean the first component points elsewhere
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_contributions_add_up(family):
+    backbone, component = tiny_backbone(family), np.eye(32)[3]
+    state = np.random.default_rng(2).normal(size=32).astype(np.float32)
+    table = key_tokens.contributions(backbone, state, component, k=5)
+    parts = np.stack([(state @ component) * component, 0 * state, state]).astype(np.float32)
+    along, bias, whole = decode_logits(backbone, parts)[:, table["id"]]
+    assert np.any(bias) == (family == "phi") and table["logit"].is_monotonic_decreasing
+    np.testing.assert_allclose(table["along"], along - bias, atol=1e-5)
+    np.testing.assert_allclose(table["along"] + table["rest"], whole, atol=1e-5)
+    with pytest.raises(ValueError, match="not linear"):
+        key_tokens.contributions(SimpleNamespace(unembedding=torch.nn.Sequential(), name="masked"), state, component)
+
+
+def test_shifts_and_adjustments_change_alignment_and_sts(backbone):
+    """The spectrum is one of other texts, with a target that lies nearer to the origin."""
+    encoder = SentenceEncoder(backbone, "prompteol")
+    states = encoder.encode([f"{text} {i}" for i, text in enumerate(TEXTS * 4)])
+    spectrum, own = Spectrum.between(states, 0.5 * states), encoder.encode(TEXTS)
+    def mean_lar(embeddings):
+        return alignment_metrics(embedding_ranks(backbone, embeddings, -1, TEXTS), (10,))["LAR"].mean()
+    table = key_tokens.shift_study({"m": encoder}, {"m": spectrum}, backbone, TEXTS, [0.0, 200.0], draws=20)
+    assert table["method"].unique() == ["m"] and set(table["metric"]) == set(STUDIED)
+    at = table[table["metric"] == "LAR"].set_index("amount")["value"]
+    far = np.tile(-spectrum.first, (4, 1)).astype(np.float32)  # so far out, all texts have the ranking of -u_1
+    assert at[[0, 200]].tolist() == pytest.approx([mean_lar(own), mean_lar(far)])
+    data = pairs_of(TEXTS[:3], TEXTS[1:], [1.0, 3.0, 2.0])
+    table = key_tokens.adjustments({"m": encoder}, {"m": spectrum}, backbone, data, draws=20).set_index("adjustment")
+    assert list(table.index) == ["none", "shifted by v_1", "mean subtracted", "first component removed"]
+    assert (table.loc["none", ["difference", "difference_low", "difference_high"]] == 0).all()
+    centred, moved = table.loc["mean subtracted"], MeanRemoved(spectrum.mean)(own)
+    expected = spearman(data["score"], cosine(moved[:3], moved[1:]))
+    columns = centred[["STS", "difference", "LAR"]].tolist()
+    assert columns == pytest.approx([expected, expected - table.loc["none", "STS"], mean_lar(moved)])
+
+
+def test_overlap_against_sets_and_beside_cosine(backbone):
+    first, second = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+    found = concepts.token_overlap(backbone, first, second, -1, k=7)
+    logits = decode_logits(backbone, np.concatenate([first, second]))
+    classes = token_classes(backbone.tokenizer, logits.shape[1], DEFAULT_RULE)
+    merged = np.stack([np.max(logits[:, classes == c], axis=1) for c in np.unique(classes[classes >= 0])], axis=1)
+    top = np.argsort(-(merged - merged.mean(axis=0)), axis=1)[:, :7]
+    assert found.tolist() == pytest.approx([len({*a} & {*b}) / 7 for a, b in zip(top[:5], top[5:])])
+    data = {"d": pairs_of(["A dog.", "It rains.", "Go."], ["A dog.", "A cat.", "Hm."], [5, 0, 3])}
+    table = concepts.pair_similarities({"m": SentenceEncoder(backbone, "prompteol")}, backbone, data, k=5)
+    assert table["gold"].tolist() == [5, 0, 3] and table["item"].tolist() == [0, 1, 2]
+    assert table.loc[0, ["cosine", "overlap", "both"]].tolist() == pytest.approx([1, 1, 6])  # twice the third rank
+
+
+def test_scores_and_gaps_of_cosine_overlap_and_both():
+    gold, other = np.arange(6.0), np.array([0, 1, 2, 3, 5, 4.0])
+    sides = {"similar": {"cosine": gold[::-1], "overlap": other}, "related": {"cosine": other, "overlap": gold}}
+    whole = pd.concat(pd.DataFrame({"task": task, "gold": gold, "method": "m"} | side) for task, side in sides.items())
+    whole = whole.rename_axis("item").reset_index()
+    whole["both"] = whole["cosine"] + whole["overlap"]
+    table = concepts.similarity_scores(whole, draws=50)
+    assert table["measure"].tolist() == ["cosine", "overlap", "both"] * 2 and table["task"][3] == "related"
+    near = spearman(gold, other)
+    assert table["value"][[0, 1, 3, 4]].tolist() == pytest.approx([-100, near, near, 100])
+    assert table["difference"][[0, 1, 3, 4]].tolist() == pytest.approx([0, near + 100, 0, 100 - near])
+    gaps = concepts.similarity_gaps(whole, draws=50).set_index("measure")
+    assert (gaps["gap to"] == "related").all()
+    assert gaps["value"][["cosine", "overlap"]].tolist() == pytest.approx([-100 - near, near - 100])
+    assert gaps["difference"]["overlap"] == pytest.approx(2 * near)
+    assert (gaps["low"] <= gaps["value"]).all() and (gaps["value"] <= gaps["high"]).all()
+
+
+def test_what_pairs_share_and_what_changes(backbone, monkeypatch):
+    rows = [("antonym", "a dog a cat", "a dog a bird"), ("role swap", "a dog a cat", "a cat a dog")]
+    pairs = pd.DataFrame(rows, columns=["kind", "sentence1", "sentence2"])
+    study = partial(concepts.minimal_pairs, {"m": SentenceEncoder(backbone, "prompteol")}, backbone, pairs, k=5)
+    table = study()
+    assert np.isnan(table["changed"][1]) and 0 <= table["shared"][1] <= 1 and 0 <= table["changed"][0] <= 1
+    monkeypatch.setattr(concepts, "HIGHEST", 300)  # deep enough, every token is found
+    whole = study()
+    assert whole["changed"][0] == 1 and whole["shared"].tolist() == [1, 1]
+
+
+def test_separation_is_the_area_under_the_curve():
+    kinds, (similar, related) = np.repeat(KINDS, 4), QUESTIONS
+    cosines = np.random.default_rng(0).integers(0, 9, 20)
+    found = pd.DataFrame({"kind": kinds, "method": "m", "cosine": cosines, "overlap": np.arange(20)})
+    table = concepts.separation(found, draws=100).set_index(["task", "measure"])
+    about = kinds != "topic shift"
+    areas = roc_auc_score(kinds[about] == "paraphrase", cosines[about]), roc_auc_score(about, cosines)
+    assert table["value"][[(similar, "cosine"), (related, "cosine")]].tolist() == pytest.approx(areas)
+    assert table["value"][related, "overlap"] == 0 and len(table) == 4
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+
+
+def test_the_data_fits_together():
+    assert list(load_minimal_pairs().groupby("kind", sort=False).size().items()) == [(kind, 16) for kind in KINDS]
+    for task in TASKS.values():
+        assert task["aspect"] in INSTRUCTIONS and set(task["classes"]) <= set(WORDS)
+    words = sum(map(list, WORDS.values()), [])
+    assert len(words) == len(set(words))
+    assert {prompt.templates[0].partition("{sentence}")[0] for prompt in INSTRUCTIONS.values()} == {'This sentence : "'}
+
+
+def test_class_scores_by_hand():
+    states, words = np.zeros((2, 61), np.float32), spelled()
+    states[:, :4] = [[4, 2, 1, 9], [0, 2, 3, 9]]
+    words.tokenizer = lambda text, **_: {"input_ids": {"good": [0], " good": [1], "bad": [2]}.get(text, [3, 3])}
+    assert concepts.class_scores(words, states, 2, ["negative", "positive"]).tolist() == [[1, 3], [3, 1]]
+    with pytest.raises(ValueError, match="None of the words of 'number'"):
+        concepts.class_scores(words, states, 2, ["number"])
+
+
+def test_answers_under_all_instructions(backbone):
+    texts = [f"It was {word} on day {i}." for i in range(10) for word in ("awful", "wonderful")]
+    data = {"CR": EvaluationData("CR", Dataset.from_dict({"sentence1": texts, "label": [0, 1] * 10}), {})}
+    words, answers = {"negative": ["a", "b"], "positive": ["c", "d"]}, {}
+    for variant, method in {"baseline": None, "TP": TokenPrepending(1, 2)}.items():
+        encoders = {aspect: SentenceEncoder(backbone, prompt, method) for aspect, prompt in INSTRUCTIONS.items()}
+        answers[variant] = concepts.instruction_answers(encoders, data, words)
+    table = answers["baseline"].set_index(["measure", "instruction", "item"])["found"].sort_index()
+    scores = concepts.class_scores(
+        backbone, SentenceEncoder(backbone, "prompteol").encode(texts), -1, list(words), words)
+    right = 100.0 * (scores.argmax(axis=1) == np.array([0, 1] * 10))
+    assert table["zero-shot", NO].tolist() == right.tolist()
+    assert set(table["zero-shot", "wrong"]) <= {0, 100 / 3, 200 / 3, 100}  # the mean over three instructions
+    assert table["linear", "fitting"].mean() > 80  # the two words tell the classes apart
+    whole = pd.concat(answers, names=["variant"]).reset_index("variant")
+    accuracy = concepts.instruction_accuracy(whole, 20).set_index(["measure", "instruction", "variant"])["value"]
+    assert accuracy["zero-shot", NO, "baseline"] == pytest.approx(right.mean()) and len(accuracy) == 18
+    effects = concepts.instruction_effects(whole, draws=20).set_index(["measure", "effect"])["difference"]
+    gain = accuracy["calibrated", NO, "TP"] - accuracy["calibrated", NO, "baseline"]
+    assert effects["calibrated", "TP, with no instruction"] == pytest.approx(gain) and len(effects) == 12

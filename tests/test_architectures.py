@@ -4,20 +4,19 @@ import functools
 import inspect
 import itertools
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import tiny_models as tiny
 import torch
 from tiny_models import LAYERS, SENTENCES, assert_same, cosines, loop_states, prompt_ids, reference, tiny_backbone
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import lib.core.forward
-from lib.core.backbone import Backbone, UnsupportedModelError
-from lib.core.encoder import SentenceEncoder
-from lib.core.forward import block_input, read_states, run_prefix, shares_prefix
-from lib.core.token_prepending import Placement, TokenPrepending
+from lib import Backbone, Placement, SentenceEncoder, TokenPrepending, UnsupportedModelError
+from lib.core.forward import read_states, run_prefix, shares_prefix
 from lib.core.tokens import MIN_PREFIX
 
 # Each start and end differs from its neighbours; start=2 lets two blocks read the placeholder's own vector (a norm
@@ -71,14 +70,12 @@ def test_the_settings_differ_enough_to_be_told_apart(family):
     backbone = tiny_backbone(family)
     # So short that the last token still sees the placeholder through a sliding window.
     ids = prompt_ids(backbone, SENTENCES[2], SETTINGS["tp-1-3"])
-    place = [ids.index(tiny.SPARE_TOKEN)]
-    vector = SETTINGS["tp-1-3"].initial_vector(backbone)
+    place, vector = [ids.index(tiny.SPARE_TOKEN)], SETTINGS["tp-1-3"].initial_vector(backbone)
     def largest_difference(writes, vector=vector):
         pairs = [(a[-1], b[-1]) for a, b in zip(expected, loop_states(backbone, ids, writes, vector))]
         return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
     expected = loop_states(backbone, ids, [(1, 3, place)], vector)
-    others = [(), [(0, 3, place)], [(2, 3, place)], [(1, 2, place)], [(1, 4, place)], [(1, 3, [place[0] + 1])]]
-    for writes in others:
+    for writes in [], [(0, 3, place)], [(2, 3, place)], [(1, 2, place)], [(1, 4, place)], [(1, 3, [place[0] + 1])]:
         assert largest_difference(writes) > 40 * tiny.TOLERANCE, writes
     assert largest_difference([(1, 3, place)], -vector) > 40 * tiny.TOLERANCE
     last = last_states(family, "tp-1-3")[LAYERS]
@@ -88,35 +85,30 @@ def test_the_settings_differ_enough_to_be_told_apart(family):
 @cases("setting, share_prefix", [SETTINGS, [True, False]], ("tp-1-3", True), ("three placeholders", True))
 def test_encoder_equals_the_loop(family, setting, share_prefix):
     backbone, tp = tiny_backbone(family), SETTINGS[setting]
-    expected, layers = last_states(family, setting), range(LAYERS + 1)
     encoder = SentenceEncoder(backbone, "prompteol", tp, share_prefix=share_prefix)
-    many = encoder.encode_layers(SENTENCES, layers)
-    one = [encoder.encode_layers([sentence], layers) for sentence in SENTENCES]
-    for layer in layers:
-        assert_same(many[layer], expected[layer], f"batch of many, layer {layer}")
-        for i, found in enumerate(one):
-            assert_same(found[layer][0], expected[layer][i], f"batch of one, layer {layer}, {SENTENCES[i]!r}")
-        alone = SentenceEncoder(backbone, "prompteol", tp, exit_layer=layer, share_prefix=share_prefix)
-        assert_same(alone.encode(SENTENCES), expected[layer], f"early exit at layer {layer}")
-        assert_same(alone.encode(SENTENCES[0]), expected[layer][0], f"early exit at layer {layer}, one string")
+    many, *one = (encoder.encode_layers(of, range(LAYERS + 1)) for of in (SENTENCES, *([s] for s in SENTENCES)))
+    for layer, expected in enumerate(last_states(family, setting)):
+        assert_same(many[layer], expected, f"batch of many, layer {layer}")
+        for found, wanted in zip(one, expected):
+            assert_same(found[layer][0], wanted, f"batch of one, layer {layer}")
+        alone = encoder.changed(exit_layer=layer)
+        assert_same(alone.encode(SENTENCES), expected, f"early exit at layer {layer}")
+        assert_same(alone.encode(SENTENCES[0]), expected[0], f"early exit at layer {layer}, one string")
 
 
 @families
 def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
     backbone, tp, runs, tokens = tiny_backbone(family), SETTINGS["tp-1-3"], [], {}
-    def count(i):
-        return lambda _, args, kwargs: runs.append((i, block_input(args, kwargs).shape[1]))
-    with ExitStack() as hooks:
-        for i, block in enumerate(backbone.layers):
-            hooks.callback(block.register_forward_pre_hook(count(i), with_kwargs=True).remove)
+    def note(module, args):
+        runs.append((module, args[0].shape[-1] if module is backbone.embeddings else 0))
+    with nn.modules.module.register_module_forward_pre_hook(note):  # it comes before the hook that exits
         for share in (True, False):
             encoder = SentenceEncoder(backbone, "prompteol", tp, exit_layer=2, share_prefix=share)
             encoder.encode(SENTENCES)  # the first call may check whether the model can share a prefix
             runs.clear()
             encoder.encode(SENTENCES)
-            # Forward pre-hooks run in the order they were registered: ours sees block 2's input before the exit.
-            assert {i for i, _ in runs} == {0, 1, 2}
-            tokens[share] = [n for i, n in runs if i == 0]
+            assert [block in dict(runs) for block in backbone.layers] == [True, True, True, False]
+            tokens[share] = [count for module, count in runs if module is backbone.embeddings]
     whole = max(len(prompt_ids(backbone, s, tp)) for s in SENTENCES)
     prefix, rest = tokens[True]
     assert tokens[False] == [whole] == [prefix + rest] and prefix >= MIN_PREFIX
@@ -141,33 +133,22 @@ def test_a_prefix_of_any_length_is_shared_exactly(family, length):
 def test_direct_use_on_padded_batches_equals_the_loop(family, setting, side):
     """`attach` around the model's own forward, with padding and an attention mask: all states of all real tokens."""
     backbone, tp = tiny_backbone(family), SETTINGS[setting]
-    rows = [prompt_ids(backbone, s, tp) for s in SENTENCES]
-    width = max(map(len, rows))
-    begins = [width - len(row) if side == "left" else 0 for row in rows]
-    ids = torch.full((len(rows), width), 2)
-    mask = torch.zeros_like(ids)
-    for k, (row, begin) in enumerate(zip(rows, begins)):
-        ids[k, begin : begin + len(row)] = torch.tensor(row)
-        mask[k, begin : begin + len(row)] = 1
+    rows = [torch.tensor(prompt_ids(backbone, s, tp)) for s in SENTENCES]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    ids, mask = pad(rows, padding_value=2), pad(list(map(torch.ones_like, rows)))
     places = (ids == tiny.SPARE_TOKEN).nonzero()[:, 1].reshape(len(rows), -1)
+    last = (mask * torch.arange(ids.shape[1])).argmax(dim=1)
     ids[ids == tiny.SPARE_TOKEN] = 0
     inputs = {"attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.base.forward).parameters:  # Bloom finds them in the mask
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    def run():
+    with tp.attach(backbone, Placement(places, last)) if tp else nullcontext():
         final = backbone.base(input_ids=ids, use_cache=False, **inputs).last_hidden_state
-        return read_states(backbone, ids, range(LAYERS + 1), **inputs), final
-    if tp is None:
-        states, final = run()
-    else:
-        last = torch.tensor([begin + len(row) - 1 for begin, row in zip(begins, rows)])
-        with tp.attach(backbone, Placement(places, last)):
-            states, final = run()
-    for k, (row, begin) in enumerate(zip(rows, begins)):
-        expected = all_states(family, setting)[k]
+        states = read_states(backbone, ids, range(LAYERS + 1), **inputs)
+    for k, (expected, real) in enumerate(zip(all_states(family, setting), mask.bool())):
         for layer in range(LAYERS + 1):
-            assert_same(states[layer][k, begin : begin + len(row)], expected[layer], f"row {k}, layer {layer}")
-        assert_same(final[k, begin : begin + len(row)], expected[LAYERS], f"row {k}, the model's own output")
+            assert_same(states[layer][k, real], expected[layer], f"row {k}, layer {layer}")
+        assert_same(final[k, real], expected[LAYERS], f"row {k}, the model's own output")
 
 
 def test_a_model_that_cannot_share_a_prefix_says_so_and_is_run_on_whole_prompts(monkeypatch):

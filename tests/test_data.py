@@ -183,9 +183,8 @@ MALFORMED = {  # data set, file, its content, what the message says after its na
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_files_are_named_with_line_and_expectation(tiny, case):
-    task, path, content, message = MALFORMED[case]
+@pytest.mark.parametrize("task, path, content, message", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_files_are_named_with_line_and_expectation(tiny, task, path, content, message):
     with pytest.raises(DataError, match=re.escape(path + message)):
         tiny(task, {path: content}, rows=2)
 

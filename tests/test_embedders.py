@@ -3,7 +3,7 @@
 import copy
 import json
 from dataclasses import replace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -11,16 +11,14 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, assert_same, build_tokenizer, randomise, tiny_backbone
+from tiny_models import FAMILIES, assert_same, build_tokenizer, randomise, tiny_backbone, untouched
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 
+from lib import EmbeddingStore, ModelNotFoundError, SentenceEncoder, TokenPrepending, load_backbone
 from lib.core import embedders
-from lib.core.backbone import ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.backbone import UnsupportedModelError
 from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, load_embedder, status
-from lib.core.encoder import SentenceEncoder
-from lib.core.store import EmbeddingStore
-from lib.core.token_prepending import TokenPrepending
 from lib.evaluation.alignment import decode_logits
 
 TEXTS = ["A man is playing a large flute on the street .", "The market fell by 3.5 %.", "The dog's bone [1]", "Nothing"]
@@ -65,15 +63,11 @@ def read(model, rows, part=lambda states, ids: states[-1], layer: int = -1, **in
 
 
 def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypatch):
-    def silent(repo):
-        asked.append(repo)
-        raise OSError("no way")
-
     def gated(repo):
         if repo.startswith("meta-llama"):
             raise GatedRepoError("403: the licence is to be accepted\nmore", response=MagicMock())
 
-    asked, cached = [], {("facebook/opt-1.3b", "pytorch_model.bin")}
+    silent, cached = Mock(side_effect=OSError("no way")), {("facebook/opt-1.3b", "pytorch_model.bin")}
     monkeypatch.setattr(embedders, "_silence", [])
     monkeypatch.setattr(embedders, "auth_check", gated)
     monkeypatch.setattr(embedders, "try_to_load_from_cache", lambda *file: "path" if file in cached else None)
@@ -84,7 +78,7 @@ def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypat
     monkeypatch.setattr(embedders, "auth_check", silent)
     table = embedder_table().set_index("embedder")
     eight = "SGPT_nli SGPT_msmarco OPT_EOL OPT_EOL+CSE LLaMA_EOL LLaMA_EOL+CSE GritLM LLM2Vec"
-    assert len(table) == 26 and set(table["paper"]) - {""} == set(eight.split()) and len(asked) == 1
+    assert len(table) == 26 and set(table["paper"]) - {""} == set(eight.split()) and silent.call_count == 1
     assert table.loc["opt_eol", "status"] == "not reachable: facebook/opt-1.3b not on this machine; no way"
     assert table.loc["e5", "aligned"] == "no" and table.loc["opt_eol", "aligned"] == "not stated"
     for name, error in {"opt_eol": ModelNotFoundError, "sentence_t5": ValueError, "smollm2-eol-cse": OSError}.items():
@@ -124,10 +118,9 @@ def test_opt_decodes_to_its_next_token_logits_and_shares_the_baseline_s_store(tm
 
 def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
     (folder, model), base = lora(tmp_path, "llama"), load_backbone(str(saved(tmp_path, "llama")), "float32", "cpu")
-    before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    embedder = load("llama_eol_cse", base.name, backbone=base, adapters=(folder,))
+    with untouched(base):
+        embedder = load("llama_eol_cse", base.name, backbone=base, adapters=(folder,))
     assert embedder.decoder is base and embedder.query.backbone.unembedding is base.unembedding
-    assert all(torch.equal(before[key], value) for key, value in base.model.state_dict().items())
     ours = embedder.query.encode(["A man."])
     assert_same(ours, read(model, [base.tokenizer(EOL.format("A man."))["input_ids"]]))
     assert np.abs(ours - SentenceEncoder(base, "prompteol").encode("A man.")).max() > 0.05

@@ -16,8 +16,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from tiny_models import tiny_backbone
 
-from lib.core.encoder import SentenceEncoder
-from lib.core.token_prepending import TokenPrepending
+from lib import SentenceEncoder, TokenPrepending
 from lib.data.retrieval import RetrievalData
 from lib.data.sources import DATA, DataSource, EvaluationData
 from lib.data.transfer import load_transfer
@@ -67,27 +66,21 @@ def test_word_overlap_by_hand_in_the_columns_of_sts_pairs():
 
 
 def test_scores_by_hand_and_a_task_s_is_one_correlation_over_its_subsets_and_not_their_mean():
-    generator = np.random.default_rng(0)
-    layers = {layer: pd.DataFrame({
-        "task": ["A"] * 50 + ["B"] * 44, "subset": ["x"] * 30 + ["y"] * 20 + ["z"] * 40 + ["four"] * 4, "layer": layer,
-        "item": [*range(50), *range(44)], "gold": [*np.random.default_rng(1).integers(0, 6, 90), 1, 2, 3, 4],
-        "similarity": [*generator.normal(size=90), 0.1, 0.5, 0.3, 0.9],
-    }) for layer in (3, 9)}
-    subsets = {key: spearman(of["gold"], of["similarity"]) for key, of in layers[3].groupby("subset")}
     # Ranks 1 2 3 4 against 1 3 2 4: rho = 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15) = 0.8
-    assert subsets["four"] == pytest.approx(80)
-    compared = compare(layers, SPEARMAN, draws=0).set_index(["run", "task"])["value"].drop("Avg", level="task")
-    assert compared[3, "A"] != pytest.approx((subsets["x"] + subsets["y"]) / 2, abs=1e-3)
-    tasks = pd.concat(layers.values()).groupby(["layer", "task"])
-    assert compared.to_dict() == pytest.approx({key: spearman(of["gold"], of["similarity"]) for key, of in tasks})
+    assert spearman([1, 2, 3, 4], [0.1, 0.5, 0.3, 0.9]) == pytest.approx(80)
+    runs = {noise: run(noise).assign(subset=["x"] * 30 + ["y"] * 20 + ["z"] * 40) for noise in (3, 9)}
+    found = compare(runs, SPEARMAN, draws=0).set_index(["run", "task"])["value"].drop("Avg", level="task")
+    scores = {(key, *of): spearman(rows["gold"], rows["similarity"]) for key, table in runs.items()
+              for by in (["task"], ["task", "subset"]) for of, rows in table.groupby(by)}
+    assert all(value == pytest.approx(scores[key]) for key, value in found.items()) and len(found) == 4
+    assert found[3, "A"] != pytest.approx((scores[3, "A", "x"] + scores[3, "A", "y"]) / 2, abs=1e-3)
 
 
 def blobs(count, width=12, classes=2, distance=1.0, scale=1.0, seed=0):
     """Classes as overlapping clouds, with features of different size around a far centre, as in a language model."""
     generator = np.random.default_rng(seed)
     centres = distance * generator.normal(size=(classes, width)) / np.sqrt(width)
-    labels = generator.integers(0, classes, count)
-    sizes = np.exp(0.5 * generator.normal(size=width))
+    labels, sizes = generator.integers(0, classes, count), np.exp(0.5 * generator.normal(size=width))
     features = (centres[labels] + generator.normal(size=(count, width))) * sizes + 5
     return (scale * features).astype(np.float32), labels
 
@@ -156,8 +149,7 @@ def test_nested_folds_test_every_item_once_by_a_classifier_that_has_not_seen_it(
 
 
 def test_a_rare_class_is_no_obstacle_and_no_warning():
-    features, labels = blobs(60, classes=3)
-    labels[labels == 2] = 0
+    features, labels = blobs(60)
     labels[7] = 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -323,12 +315,8 @@ def test_statistics_of_a_resample_are_those_of_its_repeated_rows():
 
 def test_groups_are_resampled_by_themselves():
     table = pd.DataFrame({"task": "t", "item": range(30), "positive": np.arange(30) % 3 == 0, "similarity": 1.0})
-    sums = []
-    def positives(tables, weights):
-        sums.extend(weights[:, tables[0]["positive"]].sum(axis=1))
-        return np.zeros((len(weights), len(tables)))
-    compare({"a": table}, Statistic(positives, within="positive"), draws=50)
-    assert len(sums) == 51 and set(sums) == {10}
+    positives = Statistic(lambda tables, weights: weights[:, tables[0]["positive"]].sum(axis=1)[:, None], "positive")
+    assert compare({"a": table}, positives, draws=50)[["value", "low", "high"]].values.tolist() == [[10] * 3]
     chance = compare({"a": table}, area_under_roc, draws=50).iloc[0]
     assert chance[["value", "low", "high"]].tolist() == pytest.approx([0.5] * 3)
     with pytest.raises(ValueError, match="same items"):

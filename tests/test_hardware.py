@@ -1,24 +1,27 @@
-"""Half precision, models spread over devices, and memory that runs out."""
+"""Half precision, models spread over devices, memory that runs out, and several processes."""
 
 import copy
 import gc
+import os
+import socket
+import subprocess
+import sys
 import warnings
 import weakref
 from functools import partial
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from tiny_models import FAMILIES, LAYERS, assert_same, build_tokenizer, cosines, tiny_backbone
+from tiny_models import FAMILIES, LAYERS, TP, assert_same, build_tokenizer, cosines, tiny_backbone
 
-from lib.core.backbone import Backbone
-from lib.core.encoder import SentenceEncoder
+from lib import Backbone, EmbeddingStore, SentenceEncoder, TokenPrepending
 from lib.core.forward import read_states
-from lib.core.token_prepending import TokenPrepending
+from lib.core.store import ROOT
 
 SENTENCES = ["A man is playing a flute.", "The plane takes off.", "No.", "Three children run across a cold field!"]
-TP = TokenPrepending(1, 3)
 ENDS = [0, 2, LAYERS]
 ON_CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
 ON_CPU = partial(torch.empty, 2**58, dtype=torch.uint8)
@@ -64,11 +67,10 @@ def test_sums_beyond_float16_do_not_overflow(family):
 
 
 def test_a_product_beyond_float16_is_an_error_that_says_what_to_do():
-    backbone = tiny_backbone()
-    model = copy.deepcopy(backbone.model).half()
+    model = copy.deepcopy(tiny_backbone().model).half()
     model.model.layers[2].mlp.down_proj.weight.fill_(60000)
     with pytest.raises(FloatingPointError, match="load it with dtype='float32'"):
-        Backbone.from_model(model, backbone.tokenizer, "too large")
+        Backbone.from_model(model, build_tokenizer(), "too large")
 
 
 @pytest.mark.parametrize("first", [None, *range(LAYERS + 1)])
@@ -84,8 +86,7 @@ def test_blocks_on_other_devices(first, place, tmp_path):
     spread = Backbone.from_model(model, backbone.tokenizer, "spread")
     assert spread.device.type == "cpu" and spread.describe()["device_map"] == sorted({*places.values()})
     for tp in (None, TP, TokenPrepending(0, 2, init="space")):
-        expected = SentenceEncoder(backbone, method=tp).encode_layers(SENTENCES, ENDS)
-        actual = SentenceEncoder(spread, method=tp).encode_layers(SENTENCES, ENDS)
+        expected, actual = (SentenceEncoder(b, method=tp).encode_layers(SENTENCES, ENDS) for b in (backbone, spread))
         for layer in ENDS:
             assert_same(actual[layer], expected[layer], f"layer {layer}")
 
@@ -131,3 +132,49 @@ def test_activations_are_freed_after_an_early_exit():
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+NUMBERED = [f"{'The plane takes off, ' * (i % 5)}number {i}." for i in range(40)]
+# What each process runs; it knows from its environment which one it is.
+PROGRAM = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import numpy as np
+from test_hardware import NUMBERED, encoder
+from pathlib import Path
+from lib.core import processes, store
+own, ran = encoder("{folder}/store"), []
+run = own.forward
+own.forward = lambda batch, *rest: ran.append(len(batch.ids)) or run(batch, *rest)
+first = own.encode(NUMBERED, batch_size=3)
+shares = processes.gather([sum(ran)])  # a batch more or less is no matter
+assert sum(shares) == len(NUMBERED) and abs(shares[0] - shares[1]) <= 3, shares
+again = encoder("{folder}/store").encode(NUMBERED[::-1], batch_size=3)[::-1]
+assert np.array_equal(first, again)
+assert processes.gather([processes.index()]) == [0, 1]
+assert processes.from_main(lambda: processes.index()) == 0
+store.write_atomically(Path(f"{folder}/{{processes.index()}}.written"), b"by the main process alone")
+np.save(f"{folder}/{{processes.index()}}-of-{{processes.count()}}.npy", first)
+"""
+
+
+def encoder(store=None) -> SentenceEncoder:
+    return SentenceEncoder(tiny_backbone(), method=TP, store=EmbeddingStore(store) if store else None)
+
+
+def test_two_processes_share_the_batches_and_give_the_embeddings_of_one(tmp_path):
+    """`accelerate launch` over gloo."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([*command, program], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = encoder().encode(NUMBERED, batch_size=3)
+    for index in range(2):
+        assert np.array_equal(np.load(tmp_path / f"{index}-of-2.npy"), expected)
+    assert [path.name for path in tmp_path.glob("*.written")] == ["0.written"]

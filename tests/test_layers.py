@@ -10,13 +10,10 @@ import pytest
 import yaml
 from scipy.stats import spearmanr
 from test_hardware import in_float16, with_large_activations
-from tiny_models import LAYERS, SPARE_TOKEN, hook_ids, loop_states, official_ids, tiny_backbone
+from tiny_models import LAYERS, TP, hook_ids, prompt_ids, reference, tiny_backbone
 
+from lib import PROMPTS, EmbeddingStore, SentenceEncoder, TokenPrepending
 from lib.core import processes
-from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PROMPTS, SENTENCE
-from lib.core.store import EmbeddingStore
-from lib.core.token_prepending import TokenPrepending
 from lib.core.variants import closing_tokens
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
@@ -74,8 +71,7 @@ def test_settings_of_sample_data_stay_under_runs_and_those_of_real_data_go_to_co
     assert line["dev_baseline_best"] == round(scores.loc[scores["end"] < 0, "value"].max(), 2)
     alone = layers.score_spans(backbone, "prompteol", [(line["start"], line["end"])], data.first(16), [line["exit"]])
     assert alone["value"].round(2).tolist() == [line["dev_baseline_same_exit"], line["dev_tp"]]
-    source = dataclasses.replace(find_source(), kind="downloads")
-    monkeypatch.setattr(layers, "find_source", lambda: source)
+    monkeypatch.setattr(layers, "find_source", lambda: dataclasses.replace(find_source(), kind="downloads"))
     monkeypatch.setattr(layers, "load_sts", lambda task, split: data)
     assert layers.choose(backbone, ["prompteol"], 12, folders.store).parent == folders.configs
     assert [*folders.runs.rglob("*.yaml")] == [path] and path.read_text() == before
@@ -127,15 +123,12 @@ def test_every_row_of_the_ablation_runs_and_changes_one_thing(name):
     assert not {"state one block older", "before the span"} & labels and "after the span" in labels
 
 
-@pytest.mark.parametrize("method", [None, TokenPrepending(1, 3)])
+@pytest.mark.parametrize("method", [None, TP])
 def test_context_dependency_is_a_rank_correlation_with_the_last_state(method):
     backbone, sentence, prompt = tiny_backbone(), "The plane takes off .", PROMPTS["prompteol"]
     table = context_dependency(SentenceEncoder(backbone, prompt, method, exit_layer=3), [sentence])
-    template = method.templates(prompt)[0] if method else prompt.templates[0]
-    ids = official_ids(backbone.tokenizer, template.replace(SENTENCE, prompt.prepare(sentence)))
-    writes = [(1, 3, [ids.index(SPARE_TOKEN)])] if method else []
-    states = loop_states(backbone, ids, writes, TokenPrepending().initial_vector(backbone))[3].numpy()
-    end = len(ids) - closing_tokens(backbone, prompt)
+    ids = prompt_ids(backbone, sentence, method, prompt)
+    states, end = reference(backbone, ids, method)[3].numpy(), len(ids) - closing_tokens(backbone, prompt)
     expected = [100 * spearmanr(states[i], states[-1]).statistic for i in range(end - len(table), end)]
     np.testing.assert_allclose(table["correlation"], expected, atol=1e-3)
     text = backbone.tokenizer.decode(ids[end - len(table) : end])
@@ -143,7 +136,7 @@ def test_context_dependency_is_a_rank_correlation_with_the_last_state(method):
 
 
 def test_attention_to_the_placeholder_is_that_of_the_model():
-    backbone, encoder = tiny_backbone(), SentenceEncoder(tiny_backbone(), "prompteol", TokenPrepending(1, 3))
+    backbone, encoder = tiny_backbone(), SentenceEncoder(tiny_backbone(), "prompteol", TP)
     attention_to_placeholder(encoder, SENTENCES[:1])  # the first time, Transformers puts hooks of its own on the model
     before, hooks = backbone.model.config._attn_implementation, hook_ids(backbone.model)
     table = attention_to_placeholder(encoder, SENTENCES)
@@ -158,9 +151,9 @@ def test_attention_to_the_placeholder_is_that_of_the_model():
 
 def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
     """A pass outside `safe_float16` overflows in this model: its attention and its states are not numbers."""
-    large, method = with_large_activations("llama"), TokenPrepending(1, 3)
+    large = with_large_activations("llama")
     for study, column, apart in ((context_dependency, "correlation", 2), (attention_to_placeholder, "share", 0.02)):
-        exact, half = (study(SentenceEncoder(b, "prompteol", method), SENTENCES) for b in (large, in_float16(large)))
+        exact, half = (study(SentenceEncoder(b, "prompteol", TP), SENTENCES) for b in (large, in_float16(large)))
         np.testing.assert_allclose(half[column], exact[column], atol=apart)
         infinite = TokenPrepending(1, 3, init=(float("inf"),) * large.hidden_size)
         with pytest.raises(FloatingPointError):
@@ -168,7 +161,7 @@ def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
 
 
 def test_means_over_sentences_can_be_compared():
-    encoder = SentenceEncoder(tiny_backbone(), method=TokenPrepending(1, 3))
+    encoder = SentenceEncoder(tiny_backbone(), method=TP)
     table = context_dependency(encoder, SENTENCES)
     compared = compare({"TP": by_sentence(table, "correlation", "context")}, mean_of("correlation"), draws=0)
     assert compared["value"].item() == pytest.approx(table.groupby("sentence")["correlation"].mean().mean())

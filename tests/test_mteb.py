@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from datasets import DatasetDict
 
-from lib.core.encoder import SentenceEncoder
-from lib.core.store import ROOT
-from lib.core.token_prepending import TokenPrepending
-from lib.data.sources import DataSource
+from lib import SentenceEncoder, TokenPrepending
+from lib.data.sources import DATA, DataSource
 from lib.data.sts import load_sts
 from lib.evaluation.sts import cosine, spearman
 
@@ -51,7 +49,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def pairs():
-    return load_sts("sample", "test", DataSource("sample", ROOT / "data" / "sample")).first(40).rows
+    return load_sts("sample", "test", DataSource("sample", DATA / "sample")).first(40).rows
 
 
 def score(model, pairs, cache=None, **options) -> float:

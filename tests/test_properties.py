@@ -1,21 +1,16 @@
 """Properties that hold for any sentence, searched for counterexamples with hypothesis, in every run the same search."""
 
-import warnings
 from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tiny_models import HIDDEN, KINDS, assert_same, build_tokenizer, tiny_backbone
+from tiny_models import HIDDEN, KINDS, TP, assert_same, build_tokenizer, tiny_backbone
 
-from lib.core.attention_values import AttentionValues
-from lib.core.contrastive import ContrastivePrompting
-from lib.core.encoder import SentenceEncoder
-from lib.core.token_prepending import TokenPrepending
+from lib import AttentionValues, ContrastivePrompting, SentenceEncoder, TokenPrepending
 from lib.core.tokens import PromptTokenizer
 
-TP = TokenPrepending(1, 3)
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
 ODD = (
     *SPECIAL, "<PST>", "<<PST>>", "<PST", "PST>", "<0x0A>", "{sentence}", '"', "'", '" means in one word:"', "?", ".",
@@ -41,13 +36,7 @@ def make_encoder(name: str, kind: str = "bytes") -> SentenceEncoder:
     return SentenceEncoder(tiny_backbone("llama", kind), **ENCODERS[name])
 
 
-def quiet(encoder: SentenceEncoder, sentences) -> np.ndarray:
-    """Embeddings; the warning about a sentence that was cut is not what these tests are about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ sentences were cut")
-        return encoder.encode(sentences)
-
-
+@pytest.mark.filterwarnings("ignore:[0-9]+ of [0-9]+ sentences were cut")  # which is not what this test is about
 @encoders
 @settings(max_examples=12)
 @given(sentences=batch, kind=st.sampled_from(KINDS), random=st.randoms(use_true_random=False))
@@ -56,13 +45,13 @@ def quiet(encoder: SentenceEncoder, sentences) -> np.ndarray:
 def test_every_sentence_has_an_embedding_of_its_own(name, sentences, kind, random):
     """What it is encoded with changes nothing but the rounding; order and repetitions change not a bit."""
     encoder = make_encoder(name, kind)
-    found = quiet(encoder, sentences)
+    found = encoder.encode(sentences)
     assert found.shape == (len(sentences), HIDDEN) and found.dtype == np.float32 and np.isfinite(found).all()
     assert np.abs(found).max(axis=1).min() > 0
     for row, text in zip(found, sentences):
-        assert_same(row, quiet(encoder, text), repr(text))
+        assert_same(row, encoder.encode(text), repr(text))
     order = random.choices(range(len(sentences)), k=3) + random.sample(range(len(sentences)), len(sentences))
-    assert np.array_equal(quiet(encoder, [sentences[i] for i in order]), found[order])
+    assert np.array_equal(encoder.encode([sentences[i] for i in order]), found[order])
 
 
 def tokenised(name: str, kind: str, sentences, max_length: int = 4096) -> tuple:

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from unittest.mock import Mock
 
@@ -117,17 +117,14 @@ def test_run_record_and_publish(project, capfd):
 
 
 def test_two_runs_of_a_profile_wait_for_each_other(project, capfd):
-    order, folder = [], project / "runs" / "tiny"
-    def second():
+    folder = project / "runs" / "tiny"
+    with ThreadPoolExecutor(1) as pool:
         with runner.only_run_in(folder):
-            order.append("second")
-    with runner.only_run_in(folder):
-        thread = threading.Thread(target=second)
-        thread.start()
-        time.sleep(0.5)
-        order.append("first")
-    thread.join(timeout=20)
-    assert order == ["first", "second"] and "Another run is at work in runs/tiny" in capfd.readouterr().out
+            second = pool.submit(runner.only_run_in, folder)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.5)
+        assert second.result(timeout=20)
+    assert "Another run is at work in runs/tiny" in capfd.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.path.exists("/dev/nvidiactl"), reason="kernels are not forked here")
@@ -142,8 +139,8 @@ def test_kernels_share_imports_and_nothing_else_and_end_with_their_runner(projec
     program += "runner.kernels.PRELOADED = ['ipykernel.kernelapp', 'colorsys']\n"
     program += "".join(f"runner.{name.upper()} = Path({str(project / name)!r})\n" for name in FOLDERS)
     command = [sys.executable, "-c", f"{program}runner.main(['tiny'])"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    run, copies = subprocess.Popen(command, cwd=ROOT, env=environment), project / "runs" / "tiny"
+    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    copies = project / "runs" / "tiny"
     while run.poll() is None and not ((copies / "02_third.log").exists() and (copies / "02_third.log").read_text()):
         time.sleep(0.05)
     assert run.poll() is None, "it ended before the third notebook"

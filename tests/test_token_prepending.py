@@ -1,4 +1,4 @@
-"""Token Prepending as a method, its context manager, and the token ids and positions it works on."""
+"""Token Prepending and its variants: the method, its context manager, the token ids and positions it works on."""
 
 import itertools
 
@@ -8,12 +8,11 @@ import tiny_models as tiny
 import torch
 from tiny_models import KINDS, LAYERS, SPARE_TOKEN, assert_equals_loop, assert_same, build_tokenizer, loop_states
 
-from lib.core.encoder import SentenceEncoder
+from lib import PROMPTS, Placement, Prompt, SentenceEncoder, TokenPrepending, Variant
 from lib.core.forward import read_states
-from lib.core.prompts import PLACES, PROMPTS, Prompt
-from lib.core.token_prepending import Placement, TokenPrepending
+from lib.core.prompts import PLACES
 from lib.core.tokens import MIN_PREFIX, PromptTokenizer
-from lib.core.variants import Variant
+from lib.core.variants import closing_tokens
 
 SENTENCES = ["The plane takes off.", "It's the dog's bone; it isn't mine!", "No", 'He said "no" . Why?', "", "日本 ☃."]
 IDS = [40, 41, 42, SPARE_TOKEN, 43, 44, 45, SPARE_TOKEN, 46, 47]
@@ -43,10 +42,9 @@ def test_settings_hold_a_copy_of_their_vector_and_those_for_a_deeper_or_a_narrow
     with pytest.raises(ValueError, match=f"5 values.*hidden size {tiny.HIDDEN}"):
         TokenPrepending(1, 3, init=torch.ones(5)).initial_vector(backbone)
     vector = np.linspace(-1, 1, tiny.HIDDEN, dtype=np.float32)
-    kinds = (vector, torch.from_numpy(vector.copy()), tuple(vector.tolist()))
-    ours = [TokenPrepending(1, 3, init=kind) for kind in kinds]
+    ours = {TokenPrepending(init=kind) for kind in (vector, torch.from_numpy(vector.copy()), tuple(vector.tolist()))}
     vector[:] = 0  # the caller's array is not the setting's
-    assert len({*ours, TokenPrepending(1, 3, init=vector)}) == 2
+    assert len(ours | {TokenPrepending(init=vector)}) == 2
 
 
 @pytest.mark.parametrize("init, seed, expected", [
@@ -101,16 +99,14 @@ def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
 
 def test_nested_settings_apply_together_and_end_separately(backbone):
     outer, inner = TokenPrepending(1, 4, seed=1), TokenPrepending(2, 3, seed=1)
-    vector, both = outer.initial_vector(backbone), [(1, 4, [3]), (2, 3, [7])]
-    def states():
-        return read_states(backbone, PLAIN_IDS, [LAYERS])[LAYERS][0]
+    both, states = [(1, 4, [3]), (2, 3, [7])], lambda: read_states(backbone, PLAIN_IDS, [LAYERS])[LAYERS][0]
     plain = states()
     with outer.attach(backbone, at(3)):
         alone = states()
         with inner.attach(backbone, at(7)):
-            assert_same(states(), loop_states(backbone, IDS, both, vector)[LAYERS])
+            assert_same(states(), loop_states(backbone, IDS, both, outer.initial_vector(backbone))[LAYERS])
         assert torch.equal(states(), alone)
-    assert_same(alone, loop_states(backbone, ONE_PLACEHOLDER, both[:1], vector)[LAYERS])
+    assert_same(alone, loop_states(backbone, ONE_PLACEHOLDER, both[:1], outer.initial_vector(backbone))[LAYERS])
     assert torch.equal(states(), plain)
 
 
@@ -125,10 +121,10 @@ def test_token_ids_are_those_of_a_tokenizer_with_the_placeholder_added(kind):
         sentences = [PROMPTS[name].prepare(s) for s in SENTENCES]
         for template in PROMPTS[name].with_placeholder(place, count):
             rows = rows_of(kind, template, sentences)
-            for i, sentence in enumerate(sentences):
+            for sentence, ids, places in zip(sentences, rows.ids, rows.placeholders, strict=True):
                 expected = tiny.official_ids(tokenizer, template.replace("{sentence}", sentence))
-                assert [k for k, token in enumerate(expected) if token == SPARE_TOKEN] == rows.placeholders[i], template
-                assert [0 if token == SPARE_TOKEN else token for token in expected] == rows.ids[i], template
+                assert [k for k, token in enumerate(expected) if token == SPARE_TOKEN] == places, template
+                assert [0 if token == SPARE_TOKEN else token for token in expected] == ids, template
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,3 +160,60 @@ def test_the_prefix_ends_before_what_a_sentence_or_the_placeholder_can_change(ki
     # All the same up to the last token: one token must remain to be run.
     rows = rows_of(kind, "one sentence in one word: {sentence}", ["", ""])
     assert MIN_PREFIX <= rows.prefix < len(rows.ids[0])
+
+
+PROMPT, FEW = PROMPTS["prompteol"], SENTENCES[:3]
+CLOSING = 6  # tokens after the sentence
+
+# Name -> the variant, the blocks before which a plain loop writes, the blocks in which it uses a mask of its own.
+VARIANTS = {
+    "tp": (Variant(1, 3), (1, 2), ()),
+    "nothing": (Variant(1, 3, write="nothing"), (), ()),
+    **{write: (Variant(1, 3, write=write), (1, 2), ()) for write in ("mean", "older", "same")},
+    "resumed": (Variant(0, 2, resume=3), (0, 1, 3), ()),
+    "hidden before": (Variant(1, 3, hide="before"), (1, 2), (0,)),
+    "hidden after": (Variant(1, 3, hide="after"), (1, 2), (3,)),
+    "last token open": (Variant(1, 3, write="nothing", open="last_token"), (), (1, 2)),
+    "sentence open": (Variant(1, 3, write="nothing", open="sentence", closing=CLOSING), (), (1, 2)),
+}
+
+
+def reference_change(name: str, place: int, last: int):
+    """What `loop_states` does before each block for a variant whose placeholder is at `place`."""
+    _, blocks_written, blocks_masked = VARIANTS[name]
+    q, k = torch.arange(last + 1)[:, None], torch.arange(last + 1)
+    within = (torch.minimum(q, k) > place) & (torch.maximum(q, k) <= last - CLOSING)  # both in the sentence
+    opened = {"last token open": (k == last) & (q > place), "sentence open": within}
+    visible = (k <= q) | opened[name] if name in opened else (k <= q) & ((k != place) | (q == k))
+    def change(i, h, block, args, kwargs, states):
+        if i in blocks_written:
+            value = {"mean": h[:, place + 1 :].mean(dim=1), "older": states[i - 1][None, -1] if i else None}
+            if name == "same":
+                output = block(h, *args, **kwargs)
+                value["same"] = (output[0] if isinstance(output, tuple) else output)[:, -1]
+            h[:, place] = value.get(name, h[:, -1])
+        if i in blocks_masked:
+            kwargs["attention_mask"] = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        return h, kwargs
+    return change
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_variants_equal_a_plain_loop(backbone, name, share_prefix):
+    (variant, *_), layers = VARIANTS[name], range(1, LAYERS + 1)
+    assert closing_tokens(backbone, PROMPT) == CLOSING
+    states = SentenceEncoder(backbone, PROMPT, variant, share_prefix=share_prefix).encode_layers(FEW, layers)
+    for row, sentence in enumerate(FEW):
+        ids = tiny.prompt_ids(backbone, sentence, variant, PROMPT)
+        change = reference_change(name, ids.index(SPARE_TOKEN), len(ids) - 1)
+        expected = loop_states(backbone, ids, vector=variant.initial_vector(backbone), change=change)
+        for layer in layers:
+            assert_same(states[layer][row], expected[layer][-1], f"state {layer}, {sentence!r}")
+
+
+def test_variants_differ_from_each_other(backbone):
+    found = {v: SentenceEncoder(backbone, PROMPT, v).encode(FEW) for v, *_ in VARIANTS.values()}
+    assert len({str(variant.describe()) for variant in found}) == len(VARIANTS)
+    for a, b in itertools.combinations(found, 2):
+        assert not np.allclose(found[a], found[b], rtol=1e-4, atol=1e-5), (a, b)

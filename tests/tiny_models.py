@@ -18,9 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib.core.backbone import Backbone
-from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PLACEHOLDER, PROMPTS, SENTENCE, Prompt
+from lib import PROMPTS, Backbone, Prompt, SentenceEncoder, TokenPrepending
+from lib.core.prompts import PLACEHOLDER, SENTENCE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 KINDS = ("bytes", "bytes_bos", "metaspace")  # of tokenizers, see `build_tokenizer`
@@ -31,6 +30,7 @@ ROWS = VOCABULARY + 16
 LAYERS = 4
 HIDDEN = 32
 WINDOW = 12
+TP = TokenPrepending(1, 3)  # for tests to which its settings are no matter
 # Largest difference allowed, as a part of the largest value. Rounding reaches 3e-6 here.
 TOLERANCE = 2e-5
 
@@ -150,8 +150,8 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
         change: called as `change(i, h, block, args, kwargs, states before)`; returns h and kwargs for the block.
         check: also compare the states with those of the model's own `output_hidden_states` (only without `writes`).
     """
-    model, calls = _copy(backbone.model), []
-    base, tokens = model.base_model, torch.tensor([ids])
+    model, calls, tokens = _copy(backbone.model), [], torch.tensor([ids])
+    base = model.base_model
     model.get_input_embeddings().weight[SPARE_TOKEN] = torch.nan if vector is None else vector
     blocks = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.num_layers)
     def record(_, args, kwargs):
@@ -166,8 +166,7 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
         for start, end, positions in writes:
             if start <= i < end:
                 h = h.clone()
-                for position in positions:
-                    h[:, position] = h[:, -1]
+                h[:, positions] = h[:, -1:].clone()
         if change:
             h, kwargs = change(i, h.clone(), block, args, dict(kwargs), states)
         states.append(h[0])
@@ -215,11 +214,10 @@ def hook_ids(model: nn.Module) -> dict[str, tuple]:
 def untouched(backbone: Backbone):
     """Afterwards the model has the hooks and, bit by bit, the parameters that it had, and its tokenizer the tokens."""
     hooks, tokenizer = hook_ids(backbone.model), backbone.tokenizer.backend_tokenizer.to_str()
-    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    before = copy.deepcopy(backbone.model.state_dict())
     yield
-    after = backbone.model.state_dict()
     assert hook_ids(backbone.model) == hooks and backbone.tokenizer.backend_tokenizer.to_str() == tokenizer
-    assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+    torch.testing.assert_close(backbone.model.state_dict(), before, rtol=0, atol=0)
 
 
 def cosines(a, b) -> torch.Tensor:
@@ -233,8 +231,7 @@ def assert_same(actual, expected, what: str = "") -> None:
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{what}: not finite"
-    low = cosines(actual, expected).min().item()
-    off = ((actual - expected).abs().max() / expected.abs().max()).item()
+    low, off = cosines(actual, expected).min(), (actual - expected).abs().max() / expected.abs().max()
     assert low >= 0.99999 and off < TOLERANCE, f"{what}: cosine {low:.7f}, off by {off:.1e} of the largest value"
 
 
