@@ -10,11 +10,12 @@ from lib.core.store import ROOT
 
 
 class Copy:
-    """A copy of the project's code in `folder`, without its caches; `models` has those models that are read already."""
+    """A copy of the project in `folder`, with another profile's published tables, as a clone has them, and without its
+    caches; `models` has those models that are read already."""
 
     def __init__(self, folder: Path, models: Path | None = None):
         self.folder = folder
-        for name in ("lib", "notebooks", "configs", "data/sample", "data/paper"):
+        for name in ("lib", "notebooks", "configs", "data/sample", "data/paper", "figures/gemma3-270m"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         if models:
             (folder / "data" / "cache").mkdir()

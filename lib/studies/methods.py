@@ -10,11 +10,11 @@ from lib.report.settings import Setting
 # The ways to read a prompt.
 LAST, EXIT, TP, VALUES, BOTH, CP = "last layer", "exit layer", "TP", "AlignedWVA", "TP + AlignedWVA", "CP"
 READINGS = (LAST, EXIT, TP, VALUES, BOTH, CP)
-AFTER = {"mean removed": MeanRemoved, "mean direction removed": MeanDirectionRemoved, "u1 removed": ComponentRemoved}
-FILTER = "EmbedFilter"
+FILTER, DIRECTION = "EmbedFilter", "mean direction removed"
+AFTER = {"mean removed": MeanRemoved, DIRECTION: MeanDirectionRemoved, "u1 removed": ComponentRemoved}
 LADDER = {  # the steps of the ladder figure: a way to read, and what it adds to the one before
     LAST: "last layer", EXIT: "+ exit layer", TP: "+ TP", BOTH: "+ AlignedWVA",
-    f"{BOTH}, mean direction removed": "+ mean direction removed",
+    f"{BOTH}, {DIRECTION}": f"+ {DIRECTION}",
 }
 
 
