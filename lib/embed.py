@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from hashlib import sha256
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 from lib.core.attention_values import AttentionValues
 from lib.core.backbone import ModelNotFoundError, UnsupportedModelError, load_backbone
-from lib.core.encoder import SentenceEncoder
+from lib.core.encoder import CHUNK, SentenceEncoder
 from lib.core.postprocess import load_postprocess
 from lib.core.prompts import PROMPTS
-from lib.core.store import fingerprint, write_atomically
+from lib.core.store import EmbeddingStore
 from lib.report.settings import load_settings
 
 PARSER = argparse.ArgumentParser("python -m lib.embed", formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,58 +39,42 @@ option("--method", choices=("none", "tp", "cp"), default="none", help="tp and cp
 option("--exit-layer", type=int, help="state that is read (default: the method's, without a method the last)")
 option("--pooling", help="last, mean, weighted_mean or values (AlignedWVA); default: the prompt's")
 option("--postprocess", type=Path, help="a file that a fitted postprocess was saved to")
-option("--chunk", type=int, default=4096, help="texts between two writes (default: 4096)")
 
 
-def read_chunks(path: str, column: str, size: int) -> Iterator[list[str]]:
-    """The texts, `size` at a time, without holding more. `ValueError` for a row without the column."""
+def read_chunks(path: str, column: str) -> Iterator[list[str]]:
+    """The texts, so many at a time as are encoded together. `KeyError` for a row without the column."""
     if path.endswith(".parquet"):
         from pyarrow.parquet import ParquetFile
 
-        yield from (part.column(column).to_pylist() for part in ParquetFile(path).iter_batches(size, columns=[column]))
+        yield from (part.column(column).to_pylist() for part in ParquetFile(path).iter_batches(CHUNK, columns=[column]))
         return
     with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
         texts = (line.rstrip("\n") for line in file)
         if path.endswith(".jsonl"):
             texts = (json.loads(line)[column] for line in texts)
-        yield from iter(lambda: list(islice(texts, size)), [])
+        yield from iter(lambda: list(islice(texts, CHUNK)), [])
 
 
-def embed(encoder: SentenceEncoder, chunks: Iterator[list[str]], output: Path) -> int:
-    """Write the embeddings of all chunks to `output`, and return how many. What is done lies beside it meanwhile, in
-    `.part` files. `ValueError` if these were begun with other settings or other texts, or if there is no text."""
-    rows, state = output.with_suffix(".part"), output.with_suffix(".part.json")
-    begun = json.loads(state.read_text()) if state.exists() else {"rows": 0, "bytes": 0, "texts": ""}
-    settings, digest, count = fingerprint(encoder.describe() | {"code": encoder.code}), sha256(), 0
-    with open(rows, "r+b" if begun["rows"] else "wb") as file, tqdm(unit="text", initial=begun["rows"]) as bar:
-        file.truncate(begun["bytes"])  # without the chunk that an interrupt cut
-        file.seek(begun["bytes"])
+def embed(encoder: SentenceEncoder, chunks: Iterable[list[str]], output: Path) -> int:
+    """Write the embeddings of all chunks to `output`, and return how many. Meanwhile they lie in a folder beside it, a
+    file a chunk, named by texts and settings: an interrupted call finds them there. `ValueError` if there is no text."""
+    parts, count = output.with_suffix(".parts"), 0
+    encoder = encoder.changed(store=EmbeddingStore(parts))
+    parts.mkdir(parents=True, exist_ok=True)
+    with open(parts / "whole", "wb") as file, tqdm(unit="text") as bar:
         for chunk in chunks:
-            digest.update("\n".join(map(str, chunk)).encode(errors="replace"))
-            count += len(chunk)
-            if count <= begun["rows"]:
-                if count == begun["rows"] and (settings, digest.hexdigest()) != (begun["settings"], begun["texts"]):
-                    raise ValueError(f"{state} was begun with other settings or texts; delete it to begin anew.")
-                continue
-            if count - len(chunk) < begun["rows"]:
-                raise ValueError(f"{state} was begun with another --chunk or fewer texts; delete it to begin anew.")
             embeddings = encoder.encode(chunk, show_progress_bar=False)
+            count += len(embeddings)
+            shape = {"descr": "<f4", "fortran_order": False, "shape": (count, embeddings.shape[1])}
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, shape)  # numpy leaves room in it for a growing count
+            file.seek(0, os.SEEK_END)
             file.write(embeddings.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            done = {"rows": count, "bytes": file.tell(), "width": embeddings.shape[1]}
-            write_atomically(state, json.dumps(done | {"settings": settings, "texts": digest.hexdigest()}).encode())
             bar.update(len(chunk))
-    if count < max(begun["rows"], 1):
-        raise ValueError(f"There are {count} texts, but {begun['rows']} were embedded before." if count else "No text.")
-    width = json.loads(state.read_text())["width"]
-    whole = output.with_suffix(".whole")
-    with open(rows, "rb") as source, open(whole, "wb") as target:
-        about = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
-        np.lib.format.write_array_header_1_0(target, about)
-        shutil.copyfileobj(source, target)
-    os.replace(whole, output)
-    rows.unlink(), state.unlink()
+    if not count:
+        raise ValueError("There is no text.")
+    os.replace(parts / "whole", output)
+    shutil.rmtree(parts)
     return count
 
 
@@ -108,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         after = load_postprocess(given.postprocess) if given.postprocess else None
         encoder = SentenceEncoder(backbone, given.prompt, method, layer, pooling, after)
         print(json.dumps(encoder.describe(), indent=1), file=sys.stderr)
-        count = embed(encoder, read_chunks(given.texts, given.column, given.chunk), given.output)
+        count = embed(encoder, read_chunks(given.texts, given.column), given.output)
     except KeyError as error:
         PARSER.error(f"{error} is not there: a column of the texts, or a prompt with settings for {given.model}")
     except (ModelNotFoundError, UnsupportedModelError, OSError, ValueError, TypeError) as error:

@@ -15,10 +15,11 @@ TEXTS = [f"{sentence} {i}" for i in range(3) for sentence in SENTENCES]
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "CHUNK", 4)
     tiny_backbone().model.save_pretrained(tmp_path / "model")
     tiny_backbone().tokenizer.save_pretrained(tmp_path / "model")
-    return ["--model", str(tmp_path / "model"), "--dtype", "float32", "--prompt", "ke", "--chunk", "4"]
+    return ["--model", str(tmp_path / "model"), "--dtype", "float32", "--prompt", "ke"]
 
 
 def write(folder, kind: str):
@@ -41,38 +42,30 @@ def test_rows_are_in_the_order_of_the_texts(kind, model, tmp_path, monkeypatch, 
     np.testing.assert_allclose(np.load(tmp_path / "out.npy", mmap_mode="r"), expected, atol=1e-5)
     output = capsys.readouterr()
     assert f"{len(TEXTS)} embeddings" in output.out and '"prompt": "ke"' in output.err
-    assert not list(tmp_path.glob("out.*part*"))
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.npy"}
 
 
-def test_it_goes_on_where_it_was_interrupted_and_only_with_the_same(model, tmp_path, monkeypatch, capsys):
-    path, output = write(tmp_path, ".txt"), tmp_path / "out.npy"
-    encode, done = SentenceEncoder.encode, []
+@pytest.mark.parametrize("kind", [".txt", ".parquet"])
+def test_it_goes_on_where_it_was_interrupted(kind, model, tmp_path, monkeypatch):
+    command = [str(write(tmp_path, kind)), "-o", str(tmp_path / "out.npy"), "--column", "body", *model]
+    compute, done = SentenceEncoder._compute, []
 
-    def interrupted(self, texts, **options):
+    def interrupted(self, *arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(texts)
-        return encode(self, texts, **options)
+        done.append(arguments)
+        return compute(self, *arguments)
 
-    monkeypatch.setattr(SentenceEncoder, "encode", interrupted)
+    monkeypatch.setattr(SentenceEncoder, "_compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embed.main([str(path), "-o", str(output), *model])
-    with open(tmp_path / "out.part", "ab") as file:
-        file.write(b"half a chunk")
-
-    def noted(self, texts, **options):
-        done.append(texts)
-        return encode(self, texts, **options)
-
-    monkeypatch.setattr(SentenceEncoder, "encode", noted)
-    for change in (["--prompt", "cot"], ["--chunk", "3"]):
-        with pytest.raises(SystemExit):
-            embed.main([str(path), "-o", str(output), *model, *change])
-        assert "delete it to begin anew" in capsys.readouterr().err
-    done.clear()
-    assert embed.main([str(path), "-o", str(output), *model]) == 0
-    assert done[0][0] == TEXTS[8]  # two chunks of four were there
-    np.testing.assert_allclose(np.load(output), encode(SentenceEncoder(tiny_backbone(), "ke"), TEXTS), atol=1e-5)
+        embed.main(command)
+    assert not (tmp_path / "out.npy").exists()
+    monkeypatch.setattr(SentenceEncoder, "_compute", lambda self, *given: done.append(given) or compute(self, *given))
+    assert embed.main(command) == 0
+    assert len(done) == -(-len(TEXTS) // 4), "no chunk is computed twice"
+    expected = SentenceEncoder(tiny_backbone(), "ke").encode(TEXTS)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+    assert not (tmp_path / "out.parts").exists()
 
 
 @pytest.mark.parametrize("options, said", [
@@ -87,7 +80,7 @@ def test_a_wrong_call_is_one_line(options, said, model, tmp_path, capsys):
 
 def test_no_text_and_no_column_are_named(model, tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
-    for path, said in ((tmp_path / "empty.txt", "No text"), (write(tmp_path, ".jsonl"), "'text' is not there")):
+    for path, said in ((tmp_path / "empty.txt", "no text"), (write(tmp_path, ".jsonl"), "'text' is not there")):
         with pytest.raises(SystemExit):
             embed.main([str(path), "-o", str(tmp_path / "out.npy"), *model])
         assert said in capsys.readouterr().err

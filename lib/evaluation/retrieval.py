@@ -11,9 +11,7 @@ import numpy as np
 import pandas as pd
 from ir_measures import RR, R, iter_calc, nDCG
 
-from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import Normalise
-from lib.data.retrieval import RetrievalData
 
 Ranking = dict[str, list[str]]
 DEPTH = 128  # deep enough for Recall@100 after documents have been taken out of the ranking
@@ -87,16 +85,3 @@ def evaluate_retrieval(ranking: Ranking, qrels: dict[str, dict[str, int]],
     found = {(value.query_id, value.measure): value.value for value in iter_calc(list(METRICS.values()), judged, run)}
     scores = {name: [found.get((query, metric), 0.0) for query in ranking] for name, metric in METRICS.items()}
     return pd.DataFrame({"item": list(ranking)} | scores)
-
-
-def dense_scores(encoder: SentenceEncoder, data: dict[str, RetrievalData], layers: Iterable[int] | None = None
-                 ) -> pd.DataFrame:
-    """Dense retrieval by an encoder's embeddings at each layer (None is the exit layer): a row per set, layer (0 to
-    num_layers) and query, with task, layer, and the columns of `evaluate_retrieval`."""
-    layers, tables = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])], []
-    for task, found in data.items():
-        queries, stored = (encoder.encode_layers(side["text"], layers) for side in (found.queries, found.corpus))
-        for layer in queries:
-            ranking = DenseRetriever(found.corpus["id"], stored[layer]).search(found.queries["id"], queries[layer])
-            tables.append(evaluate_retrieval(ranking, found.qrels, found.excluded).assign(task=task, layer=layer))
-    return pd.concat(tables, ignore_index=True)[["task", "layer", "item", *METRICS]]

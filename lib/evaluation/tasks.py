@@ -1,17 +1,15 @@
 """What a task is: a name, a suite, a loader and a score per item. Tables, intervals and storing work on any of them."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 
 from lib.core.encoder import SentenceEncoder
-from lib.data.retrieval import SETS, load_beir
 from lib.data.sts import STS_TASKS, load_sts
 from lib.data.transfer import TRANSFER_TASKS, load_transfer
-from lib.evaluation.intervals import SPEARMAN, Runs, Statistic, compare, mean_of
-from lib.evaluation.retrieval import dense_scores
+from lib.evaluation.intervals import SPEARMAN, Statistic, mean_of
 from lib.evaluation.sts import sts_pairs
 from lib.evaluation.transfer import transfer_predictions
 
@@ -27,15 +25,6 @@ class Task:
     statistic: Statistic
 
 
-RIGHT, GAIN = mean_of("correct"), mean_of("nDCG@10")
 STS = {name: Task(name, "STS", partial(load_sts, name), sts_pairs, SPEARMAN) for name in STS_TASKS}
-TRANSFER = {name: Task(name, "transfer", partial(load_transfer, name), transfer_predictions, RIGHT)
+TRANSFER = {name: Task(name, "transfer", partial(load_transfer, name), transfer_predictions, mean_of("correct"))
             for name in TRANSFER_TASKS}
-RETRIEVAL = {name: Task(name, "retrieval", partial(load_beir, name), dense_scores, GAIN) for name in SETS}
-
-
-def compare_suite(tasks: dict[str, Task], runs: Runs, reference: Hashable = None, **options) -> pd.DataFrame:
-    """`lib.evaluation.intervals.compare` of tables of items, one layer each, with the average of the suite's tasks or,
-    where none of them is there (sample data), of all that are."""
-    statistic, found = next(iter(tasks.values())).statistic, next(iter(runs.values()))["task"]
-    return compare(runs, statistic, reference, averaged=list(tasks) if found.isin(tasks).any() else (), **options)
