@@ -44,6 +44,7 @@ class SentenceEncoder:
         pooling: a `Pooling` or its name, such as `"last"` or `"mean"`; None takes the prompt's own.
         postprocess: what is done to finished embeddings (`lib.core.postprocess`); None leaves them as they are.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
+        batch_size: at most so many sentences in a batch, unless `encode` is told otherwise; None: as its tokens allow.
         share_prefix: run the part of the prompt before the sentence once and not for every sentence.
         store: an `EmbeddingStore`; embeddings found there are not computed again.
 
@@ -58,6 +59,7 @@ class SentenceEncoder:
     postprocess: Postprocess | None = None
     _: KW_ONLY
     max_length: int = 512
+    batch_size: int | None = None
     share_prefix: bool = True
     store: EmbeddingStore | None = None
 
@@ -84,7 +86,7 @@ class SentenceEncoder:
         """Embed a list of sentences, or one string, at the exit layer: float32 (sentences, hidden), or (hidden,).
 
         Args:
-            batch_size: at most so many sentences in a batch; None leaves it to the token budget alone.
+            batch_size: at most so many sentences in a batch; None takes the encoder's.
             show_progress_bar: None shows one when there are more than 1,000 sentences to compute.
             convert_to_numpy: a numpy array if true, else a torch tensor on the CPU.
             normalize_embeddings: scale each embedding to length 1.
@@ -101,7 +103,7 @@ class SentenceEncoder:
                       show_progress_bar: bool | None = None) -> dict[int, np.ndarray]:
         """Embed sentences at several layers in one pass: layer as given (a -1 stays -1) -> float32 (sentences, hidden).
         Arguments and errors as in `encode`; besides, `ValueError` for another layer than the one of the postprocess."""
-        sentences = check_texts(sentences)
+        sentences, batch_size = check_texts(sentences), self.batch_size if batch_size is None else batch_size
         if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
             raise ValueError(f"batch_size must be a whole number from 1 on (or None), got {batch_size!r}.")
         if not (index := {layer: self.backbone.layer_index(layer) for layer in layers}):
@@ -128,12 +130,12 @@ class SentenceEncoder:
             "prompt": prompt.name, "templates": list(prompt.templates), "cleaned": prompt.clean,
             "around": [list(prompt.before), list(prompt.after)], "method": method and method.describe(),
             "exit_layer": self.exit_layer, "max_length": self.max_length, "share_prefix": self.share_prefix,
-            **self.pooling.describe(), "postprocess": finish and finish.describe()}
+            "batch_size": self.batch_size, **self.pooling.describe(), "postprocess": finish and finish.describe()}
 
     def passes(self, sentences: Sequence[str], batch_size: int | None = None) -> list[Pass]:
         """What `encode` computes, template by template and chunk by chunk, without the computation."""
         parts = chunks(map(self.prompt.prepare, sentences))
-        return [self._pass(template, part, batch_size) for template in self.templates for part in parts]
+        return [self._pass(template, part, batch_size or self.batch_size) for template in self.templates for part in parts]
 
     def batch(self, rows: TokenRows, indices: Sequence[int]) -> Batch:
         """Some rows of a `Pass`, on the model's device."""

@@ -35,18 +35,21 @@ class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
     backbone, source, settings, store, and where: model, dtype and data in words.
     `notebook` and `profile` name the provenance and the folder under `figures/`; `model` and `dtype` are as of
-    `load_backbone`. `context` is what the runner hands over: fresh_since, what was stored before this time, in seconds
+    `load_backbone`, so is `device_map`, empty for none; `encoding` is batch_size (0 for none) and max_length, of encoders.
+    `context` is what the runner hands over: fresh_since, what was stored before this time, in seconds
     of the epoch, does not count; log, a file that is told what was reused and how much memory it took; hub_unreachable,
     why not to ask the hub; meeting, the file by which processes meet; parameters, all that were given."""
 
-    def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None):
+    def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None,
+                 device_map: str = "", **encoding):
         self.notebook, self.profile, self._context = notebook, profile, context or {}
         atexit.register(self._log_memory)
         if meeting := self._context.get("meeting"):
             processes.join(meeting)
         sources.hub_unreachable = self._context.get("hub_unreachable") or sources.hub_unreachable
         set_style()
-        self.backbone, self.source = load_backbone(model, dtype), sources.find_source()
+        self.backbone = load_backbone(model, dtype, device_map=device_map or None)
+        self.source, self.encoding = sources.find_source(), {name: value or None for name, value in encoding.items()}
         self.store = EmbeddingStore(fresh_since=float(self._context.get("fresh_since") or 0))
         parameters = {"profile": profile, "model": model, "dtype": dtype} | self._context.get("parameters", {})
         about = {"parameters": parameters, "model": self.backbone.describe(), "blocks": self.backbone.num_layers,
@@ -62,7 +65,7 @@ class Session:
 
     def encoder(self, prompt="prompteol", method=None, exit_layer=-1, pooling=None, **options) -> SentenceEncoder:
         """A `SentenceEncoder` on the session's model and store."""
-        return SentenceEncoder(self.backbone, prompt, method, exit_layer, pooling, **{"store": self.store} | options)
+        return SentenceEncoder(self.backbone, prompt, method, exit_layer, pooling, **{"store": self.store} | self.encoding | options)
 
     def stored(self, name: str, compute: Callable[..., pd.DataFrame], *arguments, **settings) -> pd.DataFrame:
         """`compute(*arguments, **settings)`, a function of `lib`, from the result store where it has that. The key is

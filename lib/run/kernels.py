@@ -41,6 +41,6 @@ def _be_kernel(arguments: list[str], folder: str) -> None:
     os.chdir(folder)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     # matplotlib is imported already, so that it has to be told that figures are shown in the notebook.
-    arguments += [f"--IPKernelApp.parent_handle={os.getppid()}", "--matplotlib=inline", "--log-level=ERROR"]
+    arguments += [f"--IPKernelApp.parent_handle={os.getppid()}", "--matplotlib=inline"]
     IPKernelApp.launch_instance(arguments)
     atexit._run_exitfuncs()  # multiprocessing would leave them out

@@ -46,9 +46,8 @@ def code_hash(path: Path) -> str:
 
 def describe(record: dict) -> str:
     """A record of the runner in words."""
-    given, took, cost = record["parameters"], record["took"], "time and memory not measured"
-    if took:
-        cost = COST.format(minutes=max(took["seconds"] / 60, 0.1), **took)
+    given, took = record["parameters"], record["took"]
+    cost = COST.format(minutes=max(took["seconds"] / 60, 0.1), **took) if took else "time and memory not measured"
     model = f"model `{given['model']}`, " if "model" in given else ""
     return f"**Run shown:** profile `{given['profile']}`, {model}{record['data']}, {record['date']}; {cost}."
 
