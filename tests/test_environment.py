@@ -119,8 +119,8 @@ def test_on_colab_it_clones_the_pinned_release_and_sets_it_up(tmp_path):
     cell = CELL.replace("https://github.com/OWNER/token-prepending", f"file://{release}")
     for _ in range(2):  # the second time, after a restart, the clone is there
         said = run_cell(cell, content, COLAB_RELEASE_TAG="release-colab")
-        assert said[-2:] == ["root", str(content / "token-prepending")]
-    assert (content / "token-prepending" / "called").read_text() == "xx"
+        assert said[-2:] == ["root", str(content / "tp")]
+    assert (content / "tp" / "called").read_text() == "xx"
 
 
 def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatch):

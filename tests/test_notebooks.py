@@ -21,9 +21,9 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 ADDRESS, TAG = re.search(r'github.com/(.+)/tree/(.+)"', (ROOT / "pyproject.toml").read_text()).groups()
 BADGE = f"](https://colab.research.google.com/github/{ADDRESS}/blob/{TAG}/notebooks/"
 FIRST_CELL = f"""\
-import os, sys; sys.path[:0] = [".", "..", "token-prepending"]  # where lib/ is, from here, from notebooks/, on Colab
+import os, sys; sys.path[:0] = [".", "..", "tp"]  # where lib/ is, from here, from notebooks/, on Colab
 if "COLAB_RELEASE_TAG" in os.environ:  # on Colab: the release that the badge names, and the packages it needs
-    !git clone -q -b {TAG} https://github.com/{ADDRESS} token-prepending; cd token-prepending && python -m lib.run.colab"""
+    !git clone -q -b {TAG} https://github.com/{ADDRESS} tp; cd tp && python -m lib.run.colab"""
 WORDS = 8
 
 
