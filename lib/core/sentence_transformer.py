@@ -1,19 +1,16 @@
-"""Any encoder as a sentence-transformers model, `SentenceTransformer(modules=[TrainingFree(encoder)])`, and in mteb."""
+"""Any encoder as a sentence-transformers model, `SentenceTransformer(modules=[TrainingFree(encoder)])`."""
 
 import json
-import re
 from dataclasses import asdict
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule
 
 from lib.core.backbone import load_backbone
 from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import Postprocess, load_postprocess
-from lib.core.store import fingerprint
 
 SETTINGS, POSTPROCESS, OWN = "training_free.json", "postprocess.npz", "lib."
 OPTIONS = ("exit_layer", "max_length", "share_prefix")
@@ -90,30 +87,3 @@ def from_settings(settings: dict, postprocess: Postprocess | None) -> TrainingFr
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         choices[name] = getattr(import_module(module), attribute)(**fields)
     return TrainingFree(SentenceEncoder(backbone, postprocess=postprocess, **choices))
-
-
-def mteb_model(encoder: SentenceEncoder):
-    """The encoder for `mteb.evaluate` (mteb 2), its own prompt for every task and none of mteb's instructions.
-
-    mteb files results by name and revision (`mteb_identity`) and by `experiment_kwargs`: the main settings as plain
-    values and a fingerprint of all settings and of the code, so that other settings are another result."""
-    from mteb.models import ModelMeta
-    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-
-    backbone, about = encoder.backbone, encoder.describe()
-    name, revision = mteb_identity(backbone.name, backbone.revision, backbone.fingerprint)
-    method = about["method"] or {"method": "baseline"}
-    experiment = {key: about[key] for key in ("prompt", "exit_layer", "pooling", "dtype")}
-    experiment |= {f"method_{key}": method[key] for key in ("start", "end") if key in method}
-    experiment |= {"method": method["method"], "setting": fingerprint(about | {"code": encoder.code})}
-    model = SentenceTransformerEncoderWrapper(SentenceTransformer(modules=[TrainingFree(encoder)]))
-    overwrites = {"name": name, "revision": revision, "experiment_kwargs": experiment}
-    model.mteb_model_meta = ModelMeta.create_empty(overwrites=overwrites)
-    return model
-
-
-def mteb_identity(name: str, revision: str, weights: str) -> tuple[str, str]:
-    """Name and revision for mteb, which wants `organisation/name`: of a model from the hub its id and commit, of any
-    other (a folder, a bundled model) `local/` with the last part of its name, and its `weights`' fingerprint."""
-    from_hub = "/" in name and re.fullmatch("[0-9a-f]{40}", revision)
-    return (name, revision) if from_hub else (f"local/{Path(name).resolve().name}", weights)

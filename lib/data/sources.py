@@ -184,7 +184,7 @@ def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> 
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api, partial = HfApi(endpoint=endpoint, token=False), target.parent / f".{target.name}-partial"
     try:
-        place = {"repo_type": "dataset", "revision": _ask_hub(api, repo), "local_dir": partial, "token": False}
+        place = {"repo_type": "dataset", "revision": ask_hub(api, repo), "local_dir": partial, "token": False}
         target.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(target.parent / f".{target.name}.lock"):
             if target.is_dir():
@@ -209,7 +209,7 @@ def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> 
         ) from error
 
 
-def _ask_hub(api: HfApi, repo: str) -> str:
+def ask_hub(api: HfApi, repo: str) -> str:
     """The commit that a dataset repository is at. Raises `HubUnreachableError`, or what the hub client raises."""
     for switch in OFFLINE_SWITCHES:
         if os.environ.get(switch, "").upper() in constants.ENV_VARS_TRUE_VALUES:

@@ -54,8 +54,8 @@ def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFra
     cases = {"reproduced": merged["within"], "differs": merged["ours"].notna(),
              "not run: a variant of the paper's main setting": merged["variant"] != "",
              "not run: no notebook measures this": merged["tolerance"].isna()}
-    for name in PAPER_MODELS.values():
-        cases[f"not run: needs a GPU and the model; ./run_all.sh {name}"] = merged["model"] == name
+    cases["not run: needs the hub, a GPU and the model; python -m benchmarks.mteb"] = merged["metric"] == "mteb_score"
+    cases |= {f"not run: needs a GPU and the model; ./run_all.sh {n}": merged.model == n for n in PAPER_MODELS.values()}
     merged["status"] = np.select(list(cases.values()), list(cases), "not run: there is no profile for the model")
     for reason in explanations.to_dict("records"):
         fits = merged["status"] == "differs"
