@@ -7,7 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tiny_models import tiny_backbone
 
+from lib.core.backbone import load_backbone
+from lib.core.encoder import SentenceEncoder
+from lib.core.prompts import get_prompt
 from lib.core.store import ROOT
 from lib.report import paper
 from lib.report.figures import label
@@ -15,6 +19,7 @@ from lib.report.paper import KEYS, PAPER_MODELS, TOLERANCE, beside_paper, compar
 from lib.report.settings import load_settings
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
+ICL = pd.DataFrame({"method": ["icl"], "tp": [False], "task": ["Avg"]})
 NONE = pd.DataFrame(columns=["table", *KEYS, "variant", "explanation"], dtype=str)
 
 
@@ -31,7 +36,7 @@ def test_published_tables_are_tidy_and_their_averages_those_of_their_rows(name):
         if "Avg" in scores and len(scores) == 8:
             assert scores.drop("Avg").mean() == pytest.approx(scores["Avg"], abs=0.011)
             checked += 1
-    assert checked >= 6 or name in ("a4_cost", "a5_ablations", "a7_rerun", "b4_retrieval")
+    assert checked >= 6 or name in ("a4_cost", "a5_ablations", "a7_rerun", "a8_one_demonstration", "b4_retrieval")
 
 
 def test_a_number_beside_ours_says_what_it_is():
@@ -102,7 +107,21 @@ def test_every_model_of_the_paper_has_a_table_a_profile_and_settings(hub, profil
     parameters, settings = yaml.safe_load((ROOT / "configs" / f"{profile}.yaml").read_text()), load_settings(hub)
     assert parameters["parameters"]["model"] == hub
     assert all(s.method.start == 1 and s.method.end < s.exit_layer for s in settings.values())
-    assert {"none", "prompteol", "cot", "ke", "ck", "metaeol"} <= settings.keys()
+    assert {*parameters["notebooks"]["01_sts_eval"]["prompts"]} <= settings.keys()
+
+
+def test_the_number_that_a_laptop_can_reproduce(tmp_path):
+    """OPT under its demonstration, at the last layer, read from a folder as from the hub; beside the published score."""
+    published = beside_paper(ICL.assign(value=67.3), sts_table("facebook/opt-125m"), "facebook/opt-125m", False)
+    assert published["status"].tolist() == ["reproduced"]
+    tiny = tiny_backbone("opt")
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path), "float32")
+    text = get_prompt("icl").templates[0].replace("{sentence}", "A dog runs.")
+    ids = backbone.tokenizer(text, return_tensors="pt")["input_ids"]
+    expected = backbone.model(ids, output_hidden_states=True).hidden_states[-1][0, -1].detach().numpy()
+    np.testing.assert_allclose(SentenceEncoder(backbone, "icl").encode("A dog runs"), expected, atol=1e-5)
 
 
 README = (ROOT / "README.md").read_text()

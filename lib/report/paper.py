@@ -14,8 +14,8 @@ from lib.core.store import ROOT
 
 PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
 KEYS = ["model", "method", "tp", "task", "metric"]
-# The papers' backbones, hub id -> name, and how far a number may be off, metric -> tolerance: see `paper.yaml`.
-PAPER_MODELS, TOLERANCE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
+# The papers' backbones, hub id -> name, their STS tables, and how far a metric's number may be off: see `paper.yaml`.
+PAPER_MODELS, STS_TABLES, TOLERANCE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 
 
 def read_paper(table: str) -> pd.DataFrame:
@@ -26,8 +26,8 @@ def read_paper(table: str) -> pd.DataFrame:
 
 
 def sts_table(model: str) -> str:
-    """The published STS table that a model belongs beside: Table 2 for the paper's other backbones, else Table 1."""
-    return "a2_sts_backbones" if PAPER_MODELS.get(model, "llama2-7b") != "llama2-7b" else "a1_sts_llama2_7b"
+    """The published STS table that a model belongs beside: that of its paper, else Table 1 of arXiv 2412.11556."""
+    return STS_TABLES.get(PAPER_MODELS.get(model), "a1_sts_llama2_7b")
 
 
 def beside_paper(ours: pd.DataFrame, table: str, model: str, sample: bool) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def comparison(measured: pd.DataFrame, explanations: pd.DataFrame) -> pd.DataFra
              "not run: a variant of the paper's main setting": merged["variant"] != "",
              "not run: no notebook measures this": merged["tolerance"].isna()}
     cases["not run: needs the hub, a GPU and the model; python -m benchmarks.mteb"] = merged["metric"] == "mteb_score"
-    cases |= {f"not run: needs a GPU and the model; ./run_all.sh {n}": merged.model == n for n in PAPER_MODELS.values()}
+    cases |= {f"not run: needs the hub and time; ./run_all.sh {n}": merged.model == n for n in PAPER_MODELS.values()}
     merged["status"] = np.select(list(cases.values()), list(cases), "not run: there is no profile for the model")
     for reason in explanations.to_dict("records"):
         fits = merged["status"] == "differs"
