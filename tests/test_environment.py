@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from lib.core.store import ROOT
-from lib.run import colab
+from lib import colab
 
 # A conda or a Python that only notes what it was asked for, and puts a Python that does likewise where one would be.
 PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
@@ -95,7 +95,7 @@ def run_cell(source: str, folder: Path, **environment) -> list[str]:
 
 def copy_of_lib(folder: Path) -> Path:
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "lib" / "run" / "colab.py"
+    return folder / "lib" / "colab.py"
 
 
 def test_elsewhere_the_cell_only_finds_the_project(tmp_path):
@@ -106,7 +106,7 @@ def test_elsewhere_the_cell_only_finds_the_project(tmp_path):
 
 
 def test_on_colab_it_clones_the_pinned_release_and_sets_it_up(tmp_path):
-    """A git repository in a folder stands in for the address; there, `lib.run.colab` writes down that it was called."""
+    """A git repository in a folder stands in for the address; there, `lib.colab` writes down that it was called."""
     release, content = tmp_path / "release", tmp_path / "content"
     content.mkdir()
     program = copy_of_lib(release)

@@ -49,7 +49,7 @@ def test_files_and_lines_are_short():
     assert sum(len(lines(p)) for p in (ROOT / "tests").rglob("*.py")) <= TESTS
 
 
-@pytest.mark.parametrize("module", ["lib", "lib.run.colab"])
+@pytest.mark.parametrize("module", ["lib", "lib.colab"])
 def test_what_is_imported_in_an_instant_imports_no_library(module):
     program = f"import sys, {module}; print({{'torch', 'numpy', 'yaml', 'IPython'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

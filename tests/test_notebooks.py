@@ -12,7 +12,7 @@ import pytest
 
 from lib.core.store import ROOT
 from lib.core.token_prepending import TokenPrepending
-from lib.run import colab
+from lib import colab
 from lib.run.publish import code_hash, describe
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -23,7 +23,7 @@ BADGE = f"](https://colab.research.google.com/github/{ADDRESS}/blob/{TAG}/notebo
 FIRST_CELL = f"""\
 import os, sys; sys.path[:0] = [".", "..", "tp"]  # where lib/ is, from here, from notebooks/, on Colab
 if "COLAB_RELEASE_TAG" in os.environ:  # on Colab: the release that the badge names, and the packages it needs
-    !git clone -q -b {TAG} https://github.com/{ADDRESS} tp; cd tp && python -m lib.run.colab"""
+    !git clone -q -b {TAG} https://github.com/{ADDRESS} tp; cd tp && python -m lib.colab"""
 WORDS = 8
 
 

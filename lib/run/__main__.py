@@ -43,19 +43,25 @@ def main(arguments: list[str]) -> int:
     if options.list:
         print(listing())
         return 0
-    parameters = parameters_of(options.profile, options.notebooks, dict(options.parameter))
-    folder = RUNS / options.profile
-    if options.processes > 1:
-        parameters.pop(NOT_SHARED, None)
+    chain = [*read_profile(options.profile)["first"], options.profile]
+    parameters = {name: parameters_of(name, options.notebooks, dict(options.parameter)) for name in chain}
     if options.processes > processes.count() == 1:  # become these processes, which run this same command
         print(f"{NOT_SHARED} is left out: it measures time and must run alone.", flush=True)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.processes)))
         command = [sys.executable, *LAUNCHER, str(options.processes), "-m", "lib.run", *arguments]
         os.execv(sys.executable, [*command, "--fresh-since", str(options.fresh)])
+    return next(filter(None, (run_profile(name, of, options) for name, of in parameters.items())), 0)
+
+
+def run_profile(name: str, parameters: dict[str, dict], options: argparse.Namespace) -> int:
+    """Run a profile's notebooks, and publish them if that is asked for; an exit status as of `main`."""
+    folder = RUNS / name
+    if options.processes > 1:
+        parameters.pop(NOT_SHARED, None)
     if not processes.is_main():
         folder, sys.stdout = folder / f"process-{processes.index()}", io.StringIO()
     with only_run_in(folder):
-        status = run(parameters, folder, options.fresh)
+        status = run(parameters, folder, options.fresh, read_profile(name)["minutes"])
         print(f"Tables and figures: figures/{folder.name}/   Executed notebooks: runs/{folder.name}/")
         if options.publish and status == 0 and processes.is_main():
             for stem in parameters:
@@ -71,10 +77,12 @@ def declared() -> dict[str, dict[str, dict]]:
 
 
 def read_profile(name: str) -> dict:
-    """A profile: `description`, `parameters` (for every notebook that has them), `notebooks` (for one each)."""
+    """A profile: `description`, `parameters` (for every notebook that has them), `notebooks` (for one each), `first`
+    (profiles that are run before it), and `minutes` that its notebooks took (for an estimate)."""
     must_exist([name], known := {path.stem: path for path in CONFIGS.glob("*.yaml")}, "profile")
     try:
-        return {"description": "", "parameters": {}, "notebooks": {}} | yaml.safe_load(known[name].read_text())
+        empty = {"description": "", "parameters": {}, "notebooks": {}, "first": [], "minutes": {}}
+        return empty | yaml.safe_load(known[name].read_text())
     except (yaml.YAMLError, TypeError) as error:
         PARSER.error(f"profile {name} (configs/{name}.yaml) is empty or broken: {' '.join(str(error).split())}")
 
@@ -137,8 +145,9 @@ def only_run_in(folder: Path):
         return lock.acquire()
 
 
-def run(parameters: dict[str, dict], folder: Path, fresh_since: float) -> int:
-    """Execute notebooks in order, to copies in `folder`, until one fails. Of several processes each does so."""
+def run(parameters: dict[str, dict], folder: Path, fresh_since: float, minutes: dict[str, float]) -> int:
+    """Execute notebooks in order, to copies in `folder`, until one fails. Of several processes each does so. `minutes`
+    are expected for a notebook of which nothing is stored."""
     kernels.preload()
     from lib.core.bundled import install_missing  # takes seconds, in which the process behind the kernels imports too
     from lib.data import sources
@@ -151,6 +160,8 @@ def run(parameters: dict[str, dict], folder: Path, fresh_since: float) -> int:
     print(f"{len(parameters)} notebooks on {data}\n{'notebook':<28}{'seconds':>8}  results computed / reused")
     try:
         for stem, given in parameters.items():
+            if left := sum(minutes.get(other, 0) for other in parameters if other >= stem):
+                print(f"{time.strftime('%H:%M')}: {stem}; from here on about {left:.0f} minutes", flush=True)
             execute(NOTEBOOKS / f"{stem}.ipynb", given, folder / f"{stem}.ipynb", context, data)
         return 0
     except (papermill.exceptions.PapermillException, RuntimeError) as error:  # of a cell, or of a kernel that died

