@@ -54,8 +54,7 @@ def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) ->
 
 
 @torch.inference_mode()
-def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
-                 ) -> Iterator[torch.Tensor]:
+def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes=None) -> Iterator[torch.Tensor]:
     """Logits under the backbone's unembedding of embeddings (texts, hidden), the states `layer` in Hugging Face's
     numbering, so many texts at a time that they fill `LOGIT_BYTES`: float32 (some texts, vocabulary), on its device.
     With `classes`, from `token_classes`, a token's column holds the logit of its best entry, and every other column

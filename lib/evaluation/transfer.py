@@ -37,9 +37,9 @@ STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit sta
 L2, BATCH, PASSES, ROUNDS, TENACITY = (1e-5, 1e-4, 1e-3, 1e-2), 64, 4, 51, 5
 
 
-def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None,
+def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] = (),
                          classifier: str = "exact") -> pd.DataFrame:
-    """Predicted labels of the tasks' test items at each layer (None: the exit layer), a pass of the model per task.
+    """Predicted labels of the tasks' test items at each layer (default: the exit layer), a pass of the model per task.
     `data`: task -> data with the columns split, sentence1, sentence2, label. Returns a row per task, layer (0 to
     num_layers) and test item: task, layer, the columns of `classify`, and correct (100.0 or 0.0). `classifier` is that
     of `classify`; "senteval" has each split in SentEval's order: by words of sentence1 and sentence2, then by label."""
@@ -81,12 +81,10 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "",
              classifier: str = "exact") -> pd.DataFrame:
     """Fit and test a logistic regression on features, float (items, width), and labels, int (items,).
-
     The names in `splits` (items,) decide the protocol: all are `"all"` (nested folds, every item is tested once), or
     `"train"` and `"test"` (the strength is chosen on folds of the training part), or also `"dev"` (it is chosen there).
     `classifier` is `"exact"`, or `"senteval"`: `stopped_early`, its last fit by dev or a twentieth of train. `title` is
     that of the progress bar, which is shown above 1,000 items.
-
     Returns a row per tested item: item (its place, ascending), gold, predicted, l2 (the strength chosen for its fit).
     `ValueError` for other splits or classifiers, unequal lengths, too few members of a class, infinite features."""
     fit_and_predict, strengths = _chosen(classifier)

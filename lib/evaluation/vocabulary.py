@@ -22,8 +22,7 @@ FUNCTION_WORDS = frozenset("""
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Which vocabulary entries are the same token, and which do not count: these leave text and ranking. A token stands
-    in the ranking once, where its best entry stands."""
+    """Which vocabulary entries are the same token, and which do not count: these leave text and ranking."""
 
     special: bool = False  # whether special tokens count, such as a text's first `<s>`
     # Whether " dog" is "dog". After a prompt's quotation mark a model expects "dog", while in the text it is " dog".
@@ -38,8 +37,7 @@ RULES = {
     "no special tokens": TokenRule(merge_space=False, merge_case=False),
     "and spaces merged": TokenRule(merge_case=False),
     "and case merged": TokenRule(),
-    "and content words only": TokenRule(function_words=False),
-}
+    "and content words only": TokenRule(function_words=False)}
 OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
 
 
