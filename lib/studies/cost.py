@@ -208,8 +208,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs.assign(**{
         "tokens / sentence": runs["tokens"] / runs["sentences"], "peak MB": runs["memory"] / 1e6,
         "GFLOP / sentence": runs["flops"] / runs["sentences"] / 1e9,
-        "share of peak": runs["flops"] / runs["seconds"] / runs["peak"],
-    })
+        "share of peak": runs["flops"] / runs["seconds"] / runs["peak"]})
     groups = runs.groupby(["method", "variant"], sort=False)
     reference = next(own["seconds"] for (name, _), own in groups if name == REFERENCE)
     table = groups[["layer", "tokens / sentence", "GFLOP / sentence"]].first()

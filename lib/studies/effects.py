@@ -40,8 +40,7 @@ def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Statis
 
 def compare_ends(runs: dict[int, pd.DataFrame], statistic: Statistic, draws: int = 10_000) -> pd.DataFrame:
     """How each end of TP (end -> table of items) scores over the tasks' average: columns end, value, low, high and,
-    against the best end on the same resamples, difference (0 or less), difference_low, difference_high. Where
-    difference_high is below 0, the end is worse as far as the data can tell."""
+    against the best end on the same resamples, difference (0 or less), difference_low, difference_high."""
     scores = overall(compare(runs, statistic, draws=0))
     table = overall(compare(runs, statistic, scores.loc[scores["value"].idxmax(), "run"], draws=draws))
     return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)

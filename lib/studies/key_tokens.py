@@ -84,8 +84,7 @@ class Spectrum:
         table = pd.DataFrame({
             "component": range(1, len(components) + 1), "variation": variation, "deviation": along.std(axis=0),
             "share": variation**2 / (change.mean(axis=0) ** 2).sum(),
-            "share_each": (along**2).sum(axis=0) / (change**2).sum(),
-        })
+            "share_each": (along**2).sum(axis=0) / (change**2).sum()})
         return cls(components[0], float(variation[0]), embeddings.mean(axis=0, dtype=np.float64), table)
 
     def shift(self, multiple: float = 1.0) -> ComponentShifted:

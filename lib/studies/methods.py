@@ -14,8 +14,7 @@ FILTER, DIRECTION = "EmbedFilter", "mean direction removed"
 AFTER = {"mean removed": MeanRemoved, DIRECTION: MeanDirectionRemoved, "u1 removed": ComponentRemoved}
 LADDER = {  # the steps of the ladder figure: a way to read, and what it adds to the one before
     LAST: "last layer", EXIT: "+ exit layer", TP: "+ TP", BOTH: "+ AlignedWVA",
-    f"{BOTH}, {DIRECTION}": f"+ {DIRECTION}",
-}
+    f"{BOTH}, {DIRECTION}": f"+ {DIRECTION}"}
 
 
 def readings(encoder: Callable[..., SentenceEncoder], prompt: str, setting: Setting) -> dict[str, SentenceEncoder]:
