@@ -151,8 +151,7 @@ def _search(folder: str) -> DataSource:
 
 def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = (), unpack: str = "") -> DataSource:
     """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded. Raises
-    `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if they are
-    nowhere; the message names `what` was looked for and says what to do."""
+    `DownloadError` if the hub answered and did not give them, `MissingDataError`, which names `what`, if nobody did."""
     global hub_unreachable
     folder = os.environ.get("TP_DATA_DIR", "")
     own, path = Path(folder).expanduser() / place, DATA / "downloads" / place

@@ -165,8 +165,7 @@ def _found(ranks: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
 
 def alignment_scores(runs: Runs, ks: Sequence[int] = KS, reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
     """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts: columns
-    run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and `draws`. Raises
-    `ValueError` if the runs are not over the same texts under the same rule."""
+    run, metric, and `compare`'s after task; so are `reference` and `draws`. `ValueError` for other texts or rules."""
     texts, tokens, found = {}, {}, {}
     for run, ranks in runs.items():
         texts[run] = alignment_metrics(ranks, ks).rename_axis("item").reset_index().assign(task="")

@@ -32,8 +32,7 @@ from lib.data.transfer import PAIR_TASKS
 
 FOLDS, SEED = 10, 1111  # SentEval's
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
-# Of SentEval's own classifier: L2, the weakest first, which is chosen among equal ones; it begins rounds of 4 passes
-# until more than 200 passes are done.
+# Of SentEval's own: L2, the weakest first, chosen among equals; rounds of 4 passes begin until over 200 are done.
 L2, BATCH, PASSES, ROUNDS, TENACITY = (1e-5, 1e-4, 1e-3, 1e-2), 64, 4, 51, 5
 
 
@@ -161,13 +160,12 @@ def stopped_early(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, tes
                   strengths: Sequence[float], held=None) -> np.ndarray:
     """SentEval's own classifier, a logistic regression by Adam's fixed steps, stopped early (arXiv 1803.05449, nhid 0):
     predicted labels of the items `test` for each strength of L2, (strengths, test items). On features that are small or
-    not normalised it stops far from the minimum, and mostly scores below an exact fit.
-    A round is four passes over the items to fit, each in a new order, then accuracy on items held out. The sixth round
-    that is no new best is the last, and the best round's weights predict. L2 is Adam's weight decay, of the bias too.
-    The classifiers start alike and differ by their L2 only, so they take their steps side by side.
-    `features` are (items, width), used as float32, `labels` int (items,), and `fit`, `test`, `held` places of items; if
-    `held` is None it is a twentieth of `fit`, drawn at random and not fitted. Draws from its own generators, seeded
-    anew in each call. Raises `ValueError` if the items to fit are of one class."""
+    not normalised it stops far from the minimum, and mostly scores below an exact fit. A round is four passes over the
+    items to fit, each in a new order, then accuracy on items held out. The sixth round that is no new best is the last,
+    and the best round's weights predict. L2 is Adam's weight decay, of the bias too. The classifiers start alike and
+    differ by their L2 only, so they take their steps side by side. `features` are (items, width), used as float32,
+    `labels` int (items,), and `fit`, `test`, `held` places of items; if `held` is None it is a twentieth of `fit`,
+    drawn at random and not fitted. Generators are seeded anew in each call. `ValueError` if those are one class."""
     orders, start, names = np.random.RandomState(SEED), torch.Generator().manual_seed(SEED), np.unique(labels[fit])
     if len(names) < 2:
         raise ValueError(f"A classifier needs two classes or more; the items to fit have one class, {names}.")

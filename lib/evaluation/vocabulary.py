@@ -25,8 +25,7 @@ class TokenRule:
     """Which vocabulary entries are the same token, and which do not count: these leave text and ranking."""
 
     special: bool = False  # whether special tokens count, such as a text's first `<s>`
-    # Whether " dog" is "dog". After a prompt's quotation mark a model expects "dog", while in the text it is " dog".
-    merge_space: bool = True
+    merge_space: bool = True  # whether " dog", as in a text, is "dog", as a model expects after a quotation mark
     merge_case: bool = True  # whether "Dog" is "dog"
     function_words: bool = True  # whether `FUNCTION_WORDS` count, and entries without letter and digit
 

@@ -98,9 +98,8 @@ def separation(found: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
 
 def _split_run(table: pd.DataFrame, names: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
     """A table of `compare` whose runs are tuples with a column for each of their parts, and its rows of these tasks."""
-    parts = pd.DataFrame(table["run"].tolist(), table.index, names)
-    table = pd.concat([table[["task"]], parts, table.drop(columns=["run", "task"])], axis=1)
-    return pd.concat([table[table["task"] == task] for task in tasks], ignore_index=True)
+    parts = pd.DataFrame(table["run"].tolist(), table["task"], names)
+    return pd.concat([parts, table.set_index("task").drop(columns="run")], axis=1).loc[tasks].reset_index()
 
 
 def class_scores(decoder: Backbone, states: np.ndarray, layer: int, classes: Sequence[str], words=WORDS) -> np.ndarray:

@@ -41,10 +41,9 @@ def key_token_scores(encoders: Encoders, decoder: Backbone, texts: Sequence[str]
 
 def gain_relation(encoders: Encoders, decoder: Backbone, data: EvaluationData, layers, draws=1000) -> pd.DataFrame:
     """Whether an STS pair whose sentences gain in alignment also gains in STS, from the first encoder to the others.
-    A pair gains in LAR by the mean change of its sentences' LAR (without tokens they have none, and it is left out),
+    A pair gains in LAR by the mean change of its sentences' LAR (one without tokens has none: the pair is left out),
     and in STS by how much nearer the rank of its similarity comes to that of its gold score, in percent of all ranks.
-    Columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman of the two gains x 100 with its
-    95 % bootstrap interval over pairs, low and high."""
+    Columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman of the two x 100, low, high."""
     sentences, before, rows = [*data["sentence1"], *data["sentence2"]], {}, []
     for variant, encoder in encoders.items():
         for layer, states in encoder.encode_layers(sentences, [decoder.layer_index(n) for n in layers]).items():

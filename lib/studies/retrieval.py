@@ -198,9 +198,8 @@ def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
 
 
 def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], halvings: int = 5) -> pd.DataFrame:
-    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other,
-    both ways, for several seeded halvings: columns set, halving, k, m, weighting, kept. `scores`: set -> table of
-    `setting_scores`; `dense`: set -> nDCG@10 of each query."""
+    """What sparse keeps of `dense` (set -> nDCG@10 of each query) when the setting is chosen from `scores` (set ->
+    `setting_scores`) on half of its queries and scored on the rest, both ways: set, halving, k, m, weighting, kept."""
     generator, rows = np.random.default_rng(0), []
     for halving in range(halvings):
         halves = {name: np.array_split(generator.permutation(list(table.index)), 2) for name, table in scores.items()}
