@@ -106,8 +106,7 @@ def top_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: i
     return ids, values
 
 
-def aligned_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10,
-                   texts: Sequence[str] | None = None) -> pd.DataFrame:
+def aligned_tokens(backbone: Backbone, embeddings: np.ndarray, layer=-1, k=10, texts=None) -> pd.DataFrame:
     """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry, with the columns
     text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`."""
     ids, logits = top_tokens(backbone, embeddings, layer, k)

@@ -18,8 +18,7 @@ Runs = dict[Hashable, pd.DataFrame | Sequence[pd.DataFrame]]
 @dataclass(frozen=True)
 class Statistic:
     """A function of the tables of one task (a table a run, all over the same items) and of how often each item counts:
-    (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the distinct
-    values of the column `item`, in the order of their first rows."""
+    (tables, weights) -> float64 (draws, tables). `weights`: int (draws, items), the items in order of first rows."""
 
     function: Callable[[Tables, np.ndarray], np.ndarray]
     within: str = ""  # a column, if the items of each of its values are resampled by themselves
@@ -117,13 +116,11 @@ def _weights(generator: np.random.Generator, groups: Sequence[np.ndarray], draws
 
 def compare(runs: Runs, statistic: Statistic, reference: Hashable = None, ratio=False, draws=10_000) -> pd.DataFrame:
     """The statistic of every run on every task with 95 % intervals, and every run beside one of them.
-
     `runs` are label -> table with the columns task, item and what `statistic` (`SPEARMAN`, `area_under_roc`,
     `distinct_share` or `mean_of(column)`) needs, the same items in the same order; of a list of tables, such as those
     of several seeds, the mean of their statistics counts. `reference` is the label of the run that all are compared
     with, in pairs; `ratio`: whether to divide by it, too. `draws` is how many resamples there are; 0 leaves the
     intervals out, and those whose value is nan do not count.
-
     Returns a row per run and task, in the order of both, of several tasks also of their mean, `"Avg"`: run, task,
     value, low, high; with a reference difference, difference_low, difference_high; with `ratio` the same three of the
     ratio. `ValueError` if the runs do not hold the same items, or the reference is not one of them."""

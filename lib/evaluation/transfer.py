@@ -77,8 +77,7 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([np.abs(first - second), first * second], axis=1)
 
 
-def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "",
-             classifier: str = "exact") -> pd.DataFrame:
+def classify(features: np.ndarray, labels: Sequence, splits: Sequence, title="", classifier="exact") -> pd.DataFrame:
     """Fit and test a logistic regression on features, float (items, width), and labels, int (items,).
     The names in `splits` (items,) decide the protocol: all are `"all"` (nested folds, every item is tested once), or
     `"train"` and `"test"` (the strength is chosen on folds of the training part), or also `"dev"` (it is chosen there).
@@ -98,7 +97,6 @@ def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str],
         rounds = [(part["train"], part["test"], folds)]
     else:
         raise ValueError(f"Splits must be all, or train, (dev) and test; got {', '.join(map(str, part))}.")
-
     choices = [(k, fit, held) for k, (_, _, folds) in enumerate(rounds) for fit, held in folds]
     accuracy, predict = np.zeros((len(rounds), len(strengths))), delayed(partial(fit_and_predict, features, labels))
     # The cores are busy with a fold each, so that each fit has one.

@@ -16,8 +16,7 @@ FUNCTION_WORDS = frozenset("""
     behind beside near toward towards upon within without across along as than like via per and or but nor so yet if
     while because although though until unless since when where why how whether be am is are was were been being do does
     did done doing have has had having will would shall should can could may might must also just only too very then now
-    again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
-""".split())
+    again more most much many other another same own s 's 't 're 've 'll 'd 'm n't""".split())
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ STUDIED = ("Hit@10", "LAR", "Hit@10, content words", "LAR, content words")
 
 def key_token_scores(encoders: Encoders, decoder: Backbone, texts: Sequence[str], rules=(MERGED, CONTENT), layers=(-1,),
                      ks=(10,), reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
-    """How well embeddings, decoded by `decoder`, align to the tokens of their own texts, for every counting rule (names
-    in `RULES`) and layer. The rest is as in `alignment_scores`, whose columns follow rule and layer (0 to num_layers).
-    Metrics under `CONTENT` are named so, as in `LAR, content words`."""
+    """How well embeddings, decoded by `decoder`, align to the tokens of their own texts: `alignment_scores` under every
+    rule (a name in `RULES`; `CONTENT` is named in the metric) at every layer, after columns rule, layer (0 to last)."""
     index, tables = [decoder.layer_index(n) for n in layers], {}
     states = {run: encoder.encode_layers(texts, index) for run, encoder in encoders.items()}
     for rule, layer in product(rules, index):
@@ -126,9 +125,8 @@ def shift_study(encoders: Encoders, spectra: Spectra, decoder: Backbone, texts, 
 
 
 def adjustments(encoders: Encoders, spectra: Spectra, decoder: Backbone, data: EvaluationData, draws=1000):
-    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`: a
-    table with the columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference,
-    difference_low and difference_high, against embeddings without adjustment."""
+    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`:
+    method, adjustment, `STUDIED`, STS (Spearman x 100); against none difference, difference_low, difference_high."""
     tables = []
     for method, spectrum in spectra.items():
         ways = {"none": None, "shifted by v_1": spectrum.shift(), "mean subtracted": MeanRemoved(spectrum.mean),

@@ -211,9 +211,8 @@ def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], h
     return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])
 
 
-def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection],
-                query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5
-                ) -> pd.DataFrame:
+def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence,
+                query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes, rounds=5) -> pd.DataFrame:
     """What a search costs as the collection grows, with queries sent one at a time: columns method, documents,
     synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds) with quartiles,
     operations (mean per query), bytes (per document, of the index or the embeddings). Operations are multiply-adds with

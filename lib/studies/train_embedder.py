@@ -117,8 +117,7 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
 
 
 def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> dict:
-    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance: config, pairs and data,
-    backbone, code, seconds, each step's loss, the adapter's SHA-256."""
+    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance, with each step's loss."""
     begin, device, steps, rise = time.perf_counter(), backbone.device, config.steps, max(1, config.steps // 10)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets),
                       layers_to_transform=list(range(config.first_block, backbone.num_layers)))
