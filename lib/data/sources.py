@@ -26,7 +26,7 @@ DATA = ROOT / "data"
 SENTEVAL = ("princeton-nlp/datasets-for-simcse", ("senteval.tar",), "STS")
 HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreachable
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
-NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")  # errors of the HTTP library and of the pool
+NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")  # as the HTTP library and the pool name it
 hub_unreachable: str | None = None  # why this process does not ask the hub any more; whoever knows may say so here
 
 

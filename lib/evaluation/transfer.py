@@ -163,7 +163,7 @@ def stopped_early(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, tes
     and the best round's weights predict. L2 is Adam's weight decay, of the bias too. The classifiers start alike and
     differ by their L2 only, so they take their steps side by side. `features` are (items, width), used as float32,
     `labels` int (items,), and `fit`, `test`, `held` places of items; if `held` is None it is a twentieth of `fit`,
-    drawn at random and not fitted. Generators are seeded anew in each call. `ValueError` if those are one class."""
+    drawn at random and not fitted. Each call is seeded anew. `ValueError` if the items of `fit` are of one class."""
     orders, start, names = np.random.RandomState(SEED), torch.Generator().manual_seed(SEED), np.unique(labels[fit])
     if len(names) < 2:
         raise ValueError(f"A classifier needs two classes or more; the items to fit have one class, {names}.")
