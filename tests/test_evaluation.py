@@ -393,14 +393,15 @@ def test_runs_over_other_items_are_refused(change):
         compare({"a": run(1), "b": change(run(1))}, mean_of("right"), draws=10)
 
 
-def test_what_else_is_refused_and_what_a_plain_function_may_be():
+def test_what_else_is_refused_and_what_several_rows_of_an_item_may_be():
     with pytest.raises(ValueError, match="no run 'plain'; choose from 'a'"):
         compare({"a": run(1)}, SPEARMAN, "plain")
     several = pd.DataFrame({"task": "t", "item": [5, 5, 3, 3, 3], "gold": 1.0, "similarity": 2.0})
     with pytest.raises(ValueError, match="one row an item"):  # two layers, say
         compare({"a": several}, SPEARMAN, draws=10)
     shapes = []
-    compare({"a": several}, lambda tables, weights: shapes.append(weights.shape) or weights[:, :1], draws=4)
+    counted = Statistic(lambda tables, weights: shapes.append(weights.shape) or weights[:, :1])
+    compare({"a": several}, counted, draws=4)
     assert shapes == [(1, 2), (4, 2)]  # the function says what several rows of an item mean
 
 

@@ -63,9 +63,7 @@ class Reader:
         return pd.DataFrame([match.groupdict() for match in matches], lines.index, list(pattern.groupindex), object)
 
     def examples(self, file: dict) -> pd.DataFrame:
-        """The examples of a file of `FILES`: columns split, sentence1, sentence2 (or ""), and label or score. A pair
-        with an empty line in the file of scores was never scored, and is left out."""
-        path = self.source.path / file["path"]
+        """The examples of a file of `FILES` that have a label or a score: that, split, sentence1, sentence2 (or "")."""
         table = self.columns(file["path"], file["line"], file["header"], file["encoding"])
         if file["scores"]:
             name = file["path"].replace(*file["scores"])
@@ -86,6 +84,7 @@ class Reader:
         for split, right in file["rows"].items():
             found = int((table["split"] == split).sum())
             if found not in np.atleast_1d(right):
+                path = self.source.path / file["path"]
                 raise DataError(f"{path}: found {found} examples of the split {split!r}, expected {right}.")
         return table
 

@@ -30,7 +30,6 @@ class RetrievalData:
 
 def load_beir(name: str, source: DataSource | None = None) -> RetrievalData:
     """Load a retrieval set, one of `SETS`, from `source` or from where `find_folder` finds it.
-
     A document's text is its title and text; where the text begins with the title (Cranfield), that is not repeated. A
     document may be empty (two of Cranfield's are). Queries without a judgement in the test part are left out. Raises
     `ValueError` for an unknown set, what `find_folder` raises, and `DataError` if a file is not as it should be."""

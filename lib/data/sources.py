@@ -1,6 +1,5 @@
 """Where evaluation data is found, and the one form in which it is handed on. The order is: the folder `$TP_DATA_DIR`,
-`data/downloads/`, the Hugging Face hub, and last the sample sets written for this project. See `data/README.md`.
-What comes from the hub is checked by hash, and there whole or not at all."""
+`data/downloads/`, the Hugging Face hub, and last the sample sets written for this project. See `data/README.md`."""
 
 import functools
 import hashlib
@@ -27,8 +26,7 @@ DATA = ROOT / "data"
 SENTEVAL = ("princeton-nlp/datasets-for-simcse", ("senteval.tar",), "STS")
 HUB_TIMEOUT = 8.0  # seconds until a hub that does not answer counts as unreachable
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of the user; if one is true, the hub is not asked
-# Errors of the HTTP library, whichever it is, and of the pool that mean this.
-NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")
+NO_ANSWER = ("ProxyError", "RemoteProtocolError", "TimeoutError")  # as the HTTP library and the pool name it
 hub_unreachable: str | None = None  # why this process does not ask the hub any more; whoever knows may say so here
 
 
@@ -133,9 +131,8 @@ class EvaluationData:
 
 
 def find_source() -> DataSource:
-    """Where SentEval's data comes from, searched once per process; if it is nowhere and the hub cannot be reached, the
-    sample, with a `SampleDataWarning`. Raises `DataError` if `$TP_DATA_DIR` is set and does not hold it, and
-    `DownloadError` as `find_folder` does."""
+    """Where SentEval's data is, searched once per process; if it is nowhere and the hub cannot be reached, the sample,
+    with a `SampleDataWarning`. `DataError` if `$TP_DATA_DIR` does not hold it; `DownloadError` as `find_folder`."""
     return _search(os.environ.get("TP_DATA_DIR", ""))
 
 
@@ -154,8 +151,7 @@ def _search(folder: str) -> DataSource:
 
 def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = (), unpack: str = "") -> DataSource:
     """The folder `place` of `$TP_DATA_DIR` or of `data/downloads`, to which `files` of a `repo` are downloaded. Raises
-    `DownloadError` if the hub answered and yet the files could not be had from it, and `MissingDataError` if they are
-    nowhere; the message names `what` was looked for and says what to do."""
+    `DownloadError` if the hub answered and did not give them, `MissingDataError`, which names `what`, if nobody did."""
     global hub_unreachable
     folder = os.environ.get("TP_DATA_DIR", "")
     own, path = Path(folder).expanduser() / place, DATA / "downloads" / place
@@ -171,8 +167,7 @@ def find_folder(what: str, place: str, repo: str = "", files: tuple[str, ...] = 
     hub, online = (hub_unreachable, "go online and start again, or ") if repo else ("not there", "")
     raise MissingDataError(
         f"{what} cannot be found. Tried: $TP_DATA_DIR/{place} ({'not there' if folder else 'not set'}), data/downloads/"
-        f"{place} (not there), the hub ({hub}). To get it, {online}put its files into such a folder (data/README.md)."
-    )
+        f"{place} (not there), the hub ({hub}). To get it, {online}put its files into such a folder (data/README.md).")
 
 
 def fetch(repo: str, names: tuple[str, ...], target: Path, unpack: str = "") -> None:

@@ -20,11 +20,10 @@ def dev_task(source: DataSource | None = None) -> str:
 
 
 def load_sts(task: str, split: str = "test", source: DataSource | None = None) -> EvaluationData:
-    """Load the scored sentence pairs of one of `STS_TASKS`. All have the split test, STS-B and SICK-R also train and
-    dev, and the sample, which stands in for any of them where it is the source, dev.
-    Returns columns subset, sentence1, sentence2 (str, as in the file) and score (float, 0 to 5; SICK-R 1 to 5), without
-    pairs that have no score, as in SentEval. Raises `ValueError` if there is no such task or split, and `DataError` if
-    a file is missing, short or malformed or the sample has no such split."""
+    """Load the sentence pairs of one of `STS_TASKS` that have a score. All have the split test, STS-B and SICK-R also
+    train and dev, and the sample, which stands in for any of them where it is the source, dev. Returns columns subset,
+    sentence1, sentence2 (str, as in the file), score (float, 0 to 5; SICK-R 1 to 5). `ValueError` if there is no such
+    task or split; `DataError` if a file is missing, short or malformed or the sample has no such split."""
     source = source or find_source()
     tasks = (*STS_TASKS, "sample") if source.is_sample else STS_TASKS
     if task not in tasks:

@@ -54,8 +54,7 @@ def final_states(backbone: Backbone, embeddings: np.ndarray, layer: int = -1) ->
 
 
 @torch.inference_mode()
-def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes: np.ndarray | None = None
-                 ) -> Iterator[torch.Tensor]:
+def logit_chunks(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, classes=None) -> Iterator[torch.Tensor]:
     """Logits under the backbone's unembedding of embeddings (texts, hidden), the states `layer` in Hugging Face's
     numbering, so many texts at a time that they fill `LOGIT_BYTES`: float32 (some texts, vocabulary), on its device.
     With `classes`, from `token_classes`, a token's column holds the logit of its best entry, and every other column
@@ -107,8 +106,7 @@ def top_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: i
     return ids, values
 
 
-def aligned_tokens(backbone: Backbone, embeddings: np.ndarray, layer: int = -1, k: int = 10,
-                   texts: Sequence[str] | None = None) -> pd.DataFrame:
+def aligned_tokens(backbone: Backbone, embeddings: np.ndarray, layer=-1, k=10, texts=None) -> pd.DataFrame:
     """The k vocabulary entries that each embedding aligns to, best first: a row per text and entry, with the columns
     text (its place), id, token (see `visible`), logit; with `texts` in_text (bool), by `DEFAULT_RULE`."""
     ids, logits = top_tokens(backbone, embeddings, layer, k)
@@ -166,8 +164,7 @@ def _found(ranks: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
 
 def alignment_scores(runs: Runs, ks: Sequence[int] = KS, reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
     """All metrics of each run (a table from `token_ranks`) over the same texts, with 95 % intervals over texts: columns
-    run, metric, and those of `lib.evaluation.intervals.compare` after task; so are `reference` and `draws`. Raises
-    `ValueError` if the runs are not over the same texts under the same rule."""
+    run, metric, and `compare`'s after task; so are `reference` and `draws`. `ValueError` for other texts or rules."""
     texts, tokens, found = {}, {}, {}
     for run, ranks in runs.items():
         texts[run] = alignment_metrics(ranks, ks).rename_axis("item").reset_index().assign(task="")

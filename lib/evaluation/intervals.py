@@ -3,7 +3,7 @@ A *run* is the table of one encoder (setting, layer, retriever) on some data set
 statistic needs. In a resample every run sees the same items drawn, so differences are paired. Each data set has a
 generator of its own, seeded by its name: its interval does not depend on what else is loaded."""
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,11 @@ Runs = dict[Hashable, pd.DataFrame | Sequence[pd.DataFrame]]
 @dataclass(frozen=True)
 class Statistic:
     """A function of the tables of one task (a table a run, all over the same items) and of how often each item counts:
-    (tables, weights) -> float64 (draws, tables). `weights` are integers (draws, items); the items are the distinct
-    values of the column `item`, in the order of their first rows."""
+    (tables, weights) -> float64 (draws, tables). `weights`: int (draws, items), the items in order of first rows."""
 
     function: Callable[[Tables, np.ndarray], np.ndarray]
     within: str = ""  # a column, if the items of each of its values are resampled by themselves
-    # Whether the mean of the draws is moved to the measured value, against the bias of a statistic that depends on the
-    # number of distinct items.
-    centred: bool = False
+    centred: bool = False  # whether the mean of the draws, where these are biased, is moved to the measured value
 
 
 def mean_of(column: str) -> Statistic:
@@ -117,26 +114,21 @@ def _weights(generator: np.random.Generator, groups: Sequence[np.ndarray], draws
     return weights
 
 
-def compare(runs: Runs, statistic: Statistic | Callable, reference: Hashable = None, ratio: bool = False,
-            draws: int = 10_000, averaged: Collection[str] = ()) -> pd.DataFrame:
+def compare(runs: Runs, statistic: Statistic, reference: Hashable = None, ratio=False, draws=10_000) -> pd.DataFrame:
     """The statistic of every run on every task with 95 % intervals, and every run beside one of them.
-
-    Args:
-        runs: label -> table with the columns task, item and what the statistic needs; the same items in the same order.
-            Of a list of tables, such as those of several seeds, the mean of their statistics counts.
-        statistic: `SPEARMAN`, `mean_of(column)`, `area_under_roc`, `distinct_share`, or a function as in `Statistic`.
-        reference: label of the run that all are compared with, in pairs. ratio: whether to divide by it, too.
-        draws: how many resamples; 0 leaves the intervals out. Draws whose value is nan do not count.
-        averaged: tasks (empty: all) whose mean has the rows `"Avg"`, if these and several tasks are there.
-
-    Returns a row per run and task, in the order of both: run, task, value, low, high; with a reference difference,
-    difference_low, difference_high; with `ratio` the same three of the ratio. Raises `ValueError` if the runs do not
-    hold the same items, or the reference is not one of them."""
+    `runs` are label -> table with the columns task, item and what `statistic` (`SPEARMAN`, `area_under_roc`,
+    `distinct_share` or `mean_of(column)`) needs, the same items in the same order; of a list of tables, such as those
+    of several seeds, the mean of their statistics counts. `reference` is the label of the run that all are compared
+    with, in pairs; `ratio`: whether to divide by it, too. `draws` is how many resamples there are; 0 leaves the
+    intervals out, and those whose value is nan do not count.
+    Returns a row per run and task, in the order of both, of several tasks also of their mean, `"Avg"`: run, task,
+    value, low, high; with a reference difference, difference_low, difference_high; with `ratio` the same three of the
+    ratio. `ValueError` if the runs do not hold the same items, or the reference is not one of them."""
     if reference is not None and reference not in runs:
         raise ValueError(f"There is no run {reference!r}; choose from {', '.join(map(repr, runs))}.")
-    found = _by_task(runs, statistic if isinstance(statistic, Statistic) else Statistic(statistic), draws)
-    if len(found) > 1 and set(averaged) <= set(found):
-        found["Avg"] = np.mean([found[task] for task in averaged or list(found)], axis=0)
+    found = _by_task(runs, statistic, draws)
+    if len(found) > 1:
+        found["Avg"] = np.mean(list(found.values()), axis=0)
     table = pd.DataFrame({"run": [run for run in runs for _ in found], "task": [*found] * len(runs)})
     kinds = {"": (values := np.stack(list(found.values())))}  # (tasks, 1 + draws, runs)
     if reference is not None:

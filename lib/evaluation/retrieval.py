@@ -2,7 +2,7 @@
 A ranking is a dict: query id -> document ids, best first. Equal scores go by the documents' order in the corpus."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -71,8 +71,7 @@ def reciprocal_rank_fusion(rankings: Iterable[Ranking]) -> Ranking:
     return {query: [document for document, _ in found.most_common(DEPTH)] for query, found in scores.items()}
 
 
-def evaluate_retrieval(ranking: Ranking, qrels: dict[str, dict[str, int]],
-                       excluded: dict[str, Collection[str]] | None = None) -> pd.DataFrame:
+def evaluate_retrieval(ranking: Ranking, qrels: dict[str, dict[str, int]], excluded=None) -> pd.DataFrame:
     """Each ranked query's metrics by trec_eval's definitions (ir-measures): item (its id), and `METRICS` from 0 to 1.
     nDCG has linear gains, as in BEIR; a document with any grade above 0 is relevant for recall and reciprocal rank.
     `excluded` (query id -> documents) is taken out of the ranking first. `ValueError` if a query is not judged."""

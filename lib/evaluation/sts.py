@@ -11,10 +11,9 @@ from lib.core.encoder import SentenceEncoder
 from lib.data.sources import EvaluationData
 
 
-def sts_pairs(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None
-              ) -> pd.DataFrame:
-    """Cosine similarity of every pair at each layer (None: the exit layer), all from one pass of the model. `data` is
-    task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers) and
+def sts_pairs(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] = ()) -> pd.DataFrame:
+    """Cosine similarity of every pair at each layer (default: the exit layer), all from one pass of the model. `data`
+    is task -> data with the columns subset, sentence1, sentence2, score. Returns a row per layer (0 to num_layers) and
     pair: task, subset, item (its place), gold (the data's score), layer, similarity (float64, -1 to 1)."""
     layers = [encoder.backbone.layer_index(n) for n in (layers or [encoder.exit_layer])]
     frame, first, second = _items(data)

@@ -32,14 +32,13 @@ from lib.data.transfer import PAIR_TASKS
 
 FOLDS, SEED = 10, 1111  # SentEval's
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
-# Of SentEval's own classifier: L2, the weakest first, which is chosen among equal ones; it begins rounds of 4 passes
-# until more than 200 passes are done.
+# Of SentEval's own: L2, the weakest first, chosen among equals; rounds of 4 passes begin until over 200 are done.
 L2, BATCH, PASSES, ROUNDS, TENACITY = (1e-5, 1e-4, 1e-3, 1e-2), 64, 4, 51, 5
 
 
-def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] | None = None,
+def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationData], layers: Iterable[int] = (),
                          classifier: str = "exact") -> pd.DataFrame:
-    """Predicted labels of the tasks' test items at each layer (None: the exit layer), a pass of the model per task.
+    """Predicted labels of the tasks' test items at each layer (default: the exit layer), a pass of the model per task.
     `data`: task -> data with the columns split, sentence1, sentence2, label. Returns a row per task, layer (0 to
     num_layers) and test item: task, layer, the columns of `classify`, and correct (100.0 or 0.0). `classifier` is that
     of `classify`; "senteval" has each split in SentEval's order: by words of sentence1 and sentence2, then by label."""
@@ -78,15 +77,12 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([np.abs(first - second), first * second], axis=1)
 
 
-def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str], title: str = "",
-             classifier: str = "exact") -> pd.DataFrame:
+def classify(features: np.ndarray, labels: Sequence, splits: Sequence, title="", classifier="exact") -> pd.DataFrame:
     """Fit and test a logistic regression on features, float (items, width), and labels, int (items,).
-
     The names in `splits` (items,) decide the protocol: all are `"all"` (nested folds, every item is tested once), or
     `"train"` and `"test"` (the strength is chosen on folds of the training part), or also `"dev"` (it is chosen there).
     `classifier` is `"exact"`, or `"senteval"`: `stopped_early`, its last fit by dev or a twentieth of train. `title` is
     that of the progress bar, which is shown above 1,000 items.
-
     Returns a row per tested item: item (its place, ascending), gold, predicted, l2 (the strength chosen for its fit).
     `ValueError` for other splits or classifiers, unequal lengths, too few members of a class, infinite features."""
     fit_and_predict, strengths = _chosen(classifier)
@@ -101,7 +97,6 @@ def classify(features: np.ndarray, labels: Sequence[int], splits: Sequence[str],
         rounds = [(part["train"], part["test"], folds)]
     else:
         raise ValueError(f"Splits must be all, or train, (dev) and test; got {', '.join(map(str, part))}.")
-
     choices = [(k, fit, held) for k, (_, _, folds) in enumerate(rounds) for fit, held in folds]
     accuracy, predict = np.zeros((len(rounds), len(strengths))), delayed(partial(fit_and_predict, features, labels))
     # The cores are busy with a fold each, so that each fit has one.
@@ -163,13 +158,12 @@ def stopped_early(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, tes
                   strengths: Sequence[float], held=None) -> np.ndarray:
     """SentEval's own classifier, a logistic regression by Adam's fixed steps, stopped early (arXiv 1803.05449, nhid 0):
     predicted labels of the items `test` for each strength of L2, (strengths, test items). On features that are small or
-    not normalised it stops far from the minimum, and mostly scores below an exact fit.
-    A round is four passes over the items to fit, each in a new order, then accuracy on items held out. The sixth round
-    that is no new best is the last, and the best round's weights predict. L2 is Adam's weight decay, of the bias too.
-    The classifiers start alike and differ by their L2 only, so they take their steps side by side.
-    `features` are (items, width), used as float32, `labels` int (items,), and `fit`, `test`, `held` places of items; if
-    `held` is None it is a twentieth of `fit`, drawn at random and not fitted. Draws from its own generators, seeded
-    anew in each call. Raises `ValueError` if the items to fit are of one class."""
+    not normalised it stops far from the minimum, and mostly scores below an exact fit. A round is four passes over the
+    items to fit, each in a new order, then accuracy on items held out. The sixth round that is no new best is the last,
+    and the best round's weights predict. L2 is Adam's weight decay, of the bias too. The classifiers start alike and
+    differ by their L2 only, so they take their steps side by side. `features` are (items, width), used as float32,
+    `labels` int (items,), and `fit`, `test`, `held` places of items; if `held` is None it is a twentieth of `fit`,
+    drawn at random and not fitted. Each call is seeded anew. `ValueError` if the items of `fit` are of one class."""
     orders, start, names = np.random.RandomState(SEED), torch.Generator().manual_seed(SEED), np.unique(labels[fit])
     if len(names) < 2:
         raise ValueError(f"A classifier needs two classes or more; the items to fit have one class, {names}.")

@@ -16,18 +16,15 @@ FUNCTION_WORDS = frozenset("""
     behind beside near toward towards upon within without across along as than like via per and or but nor so yet if
     while because although though until unless since when where why how whether be am is are was were been being do does
     did done doing have has had having will would shall should can could may might must also just only too very then now
-    again more most much many other another same own s 's 't 're 've 'll 'd 'm n't
-""".split())
+    again more most much many other another same own s 's 't 're 've 'll 'd 'm n't""".split())
 
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Which vocabulary entries are the same token, and which do not count: these leave text and ranking. A token stands
-    in the ranking once, where its best entry stands."""
+    """Which vocabulary entries are the same token, and which do not count: these leave text and ranking."""
 
     special: bool = False  # whether special tokens count, such as a text's first `<s>`
-    # Whether " dog" is "dog". After a prompt's quotation mark a model expects "dog", while in the text it is " dog".
-    merge_space: bool = True
+    merge_space: bool = True  # whether " dog", as in a text, is "dog", as a model expects after a quotation mark
     merge_case: bool = True  # whether "Dog" is "dog"
     function_words: bool = True  # whether `FUNCTION_WORDS` count, and entries without letter and digit
 
@@ -38,8 +35,7 @@ RULES = {
     "no special tokens": TokenRule(merge_space=False, merge_case=False),
     "and spaces merged": TokenRule(merge_case=False),
     "and case merged": TokenRule(),
-    "and content words only": TokenRule(function_words=False),
-}
+    "and content words only": TokenRule(function_words=False)}
 OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
 
 

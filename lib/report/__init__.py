@@ -1,4 +1,3 @@
 """Results on disk, tables, figures, and the papers' numbers beside ours. Nothing here computes a score. Read first
 `session.py`: the one object that a notebook talks to. `results.py` stores what an evaluation gives and knows when that
-is stale, `settings.py` keeps the settings chosen for TP, `paper.py` compares with what others have published,
-`figures.py` and `figures_special.py` draw. The room imports from `evaluation`, `data` and `core`."""
+is stale, `settings.py` keeps TP's settings, `paper.py` compares with what is published, `figures*.py` draw."""

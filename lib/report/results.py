@@ -35,11 +35,10 @@ Result = namedtuple("Result", ["value", "provenance", "reused"])
 
 
 def run_or_load(name: str, settings: dict, compute: Callable[[], pd.DataFrame], fresh_since: float = 0.0) -> Result:
-    """The stored result for these settings and the present code, or `compute()`, stored.
-    `name` begins the file's name. `settings` are all that decides the result, as plain data (see `describe`). `compute`
-    is a function of `lib` or a partial of one (else `ValueError`), whose code counts as `code_of` says. A result stored
-    before `fresh_since`, in seconds of the epoch, does not count; a damaged one is reported and computed again.
-    `OSError` if the result cannot be written; an old one stays."""
+    """The stored result for these settings and the present code, or `compute()`, stored. `name` begins the file's name.
+    `settings` are all that decides the result, as plain data (see `describe`). `compute` is a function of `lib` or a
+    partial of one (else `ValueError`), whose code counts as `code_of` says. A result stored before `fresh_since`, in
+    seconds of the epoch, or damaged (a warning) does not count. `OSError` if it cannot be written; an old one stays."""
     key = fingerprint([settings, code_version(*code_of(compute))])
     path = RESULTS / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}-{key}.json"
     stored = processes.from_main(lambda: _read(path) if is_fresh(path, fresh_since) else None)

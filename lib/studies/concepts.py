@@ -49,8 +49,7 @@ def pair_similarities(encoders: Encoders, decoder: Backbone, data: dict[str, Eva
 
 
 def similarity_scores(pairs: pd.DataFrame, draws: int = 1000, statistic: Statistic = SPEARMAN) -> pd.DataFrame:
-    """The statistic (Spearman x 100 with gold) of each of `MEASURES` that is a column: task, method, measure, and what
-    `compare` gives against cosine."""
+    """The statistic of each of `MEASURES` that is a column: task, method, measure, and `compare`'s against cosine."""
     tables = []
     for method, of in pairs.groupby("method", sort=False):
         measures = {(method, name): of.assign(similarity=of[name]) for name in MEASURES if name in of}
@@ -99,9 +98,8 @@ def separation(found: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
 
 def _split_run(table: pd.DataFrame, names: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
     """A table of `compare` whose runs are tuples with a column for each of their parts, and its rows of these tasks."""
-    parts = pd.DataFrame(table["run"].tolist(), table.index, names)
-    table = pd.concat([table[["task"]], parts, table.drop(columns=["run", "task"])], axis=1)
-    return pd.concat([table[table["task"] == task] for task in tasks], ignore_index=True)
+    parts = pd.DataFrame(table["run"].tolist(), table["task"], names)
+    return pd.concat([parts, table.set_index("task").drop(columns="run")], axis=1).loc[tasks].reset_index()
 
 
 def class_scores(decoder: Backbone, states: np.ndarray, layer: int, classes: Sequence[str], words=WORDS) -> np.ndarray:
@@ -140,8 +138,8 @@ def instruction_answers(encoders: Encoders, data: dict[str, EvaluationData], wor
 
 
 def instruction_accuracy(answers: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """Accuracy x 100 of `instruction_answers` with a column variant (baseline, TP) added: columns task (the last is
-    Avg), measure, instruction, variant, value, low, high."""
+    """Accuracy x 100 of `instruction_answers` with a column variant (baseline, TP) added: task (the last is Avg),
+    measure, instruction, variant, value, low, high."""
     names = ["measure", "instruction", "variant"]
     table = compare(dict(list(answers.groupby(names, sort=False))), mean_of("found"), draws=draws)
     return _split_run(table, names, table["task"].unique())

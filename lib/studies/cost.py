@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -152,7 +151,7 @@ def prepared(encoder: SentenceEncoder, sentences: list[str], one_by_one: bool) -
     """What is timed: a function that embeds the sentences, float32 (sentences, hidden). One by one, token ids and the
     prefix's keys and values are at hand, and it embeds distinct sentences, longest first, template after template."""
     if not one_by_one:
-        return partial(encoder.encode, sentences, show_progress_bar=False)
+        return lambda: encoder.encode(sentences, show_progress_bar=False)
     work, layer = [], encoder.exit_layer
     for part in encoder.passes(sentences, batch_size=1):
         head = torch.tensor(part.rows.ids[0][: part.rows.prefix], device=encoder.backbone.device)
@@ -208,8 +207,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs.assign(**{
         "tokens / sentence": runs["tokens"] / runs["sentences"], "peak MB": runs["memory"] / 1e6,
         "GFLOP / sentence": runs["flops"] / runs["sentences"] / 1e9,
-        "share of peak": runs["flops"] / runs["seconds"] / runs["peak"],
-    })
+        "share of peak": runs["flops"] / runs["seconds"] / runs["peak"]})
     groups = runs.groupby(["method", "variant"], sort=False)
     reference = next(own["seconds"] for (name, _), own in groups if name == REFERENCE)
     table = groups[["layer", "tokens / sentence", "GFLOP / sentence"]].first()

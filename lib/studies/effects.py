@@ -1,13 +1,11 @@
 """TP's effect (notebooks 01, 02), from tables of items: a prompt's variants side by side, TP's ends beside the best."""
 
-from collections.abc import Callable
-
 import pandas as pd
 
-from lib.evaluation.intervals import compare
+from lib.evaluation.intervals import Statistic, compare
 
 
-def compare_variants(runs: dict[str, dict], statistic: Callable, reference=None, draws=10_000) -> pd.DataFrame:
+def compare_variants(runs: dict[str, dict], statistic: Statistic, reference=None, draws=10_000) -> pd.DataFrame:
     """Every variant (baseline, TP, …) of every prompt, beside the variant `reference` of that prompt where it has it.
     `runs`: prompt -> variant -> table (or tables) of a layer's items. Columns prompt, variant, layer, `compare`'s."""
     tables = []
@@ -31,7 +29,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     return wide.reset_index().rename_axis(columns=None).merge(overall(scores)[[*names, "low", "high"]], on=names)
 
 
-def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callable) -> pd.DataFrame:
+def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Statistic) -> pd.DataFrame:
     """The average over the tasks by the placeholder's seed, summed up: prompt, variant, count, mean, std (nan of one
     seed), min, max. `runs` are prompt -> variant -> a table of items for each seed."""
     scores = {(prompt, variant): overall(compare(dict(enumerate(tables)), statistic, draws=0))["value"]
@@ -40,10 +38,9 @@ def seed_table(runs: dict[str, dict[str, list[pd.DataFrame]]], statistic: Callab
     return groups.agg(["count", "mean", "std", "min", "max"]).reset_index()
 
 
-def compare_ends(runs: dict[int, pd.DataFrame], statistic: Callable, draws: int = 10_000) -> pd.DataFrame:
+def compare_ends(runs: dict[int, pd.DataFrame], statistic: Statistic, draws: int = 10_000) -> pd.DataFrame:
     """How each end of TP (end -> table of items) scores over the tasks' average: columns end, value, low, high and,
-    against the best end on the same resamples, difference (0 or less), difference_low, difference_high. Where
-    difference_high is below 0, the end is worse as far as the data can tell."""
+    against the best end on the same resamples, difference (0 or less), difference_low, difference_high."""
     scores = overall(compare(runs, statistic, draws=0))
     table = overall(compare(runs, statistic, scores.loc[scores["value"].idxmax(), "run"], draws=draws))
     return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)

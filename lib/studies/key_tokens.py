@@ -26,9 +26,8 @@ STUDIED = ("Hit@10", "LAR", "Hit@10, content words", "LAR, content words")
 
 def key_token_scores(encoders: Encoders, decoder: Backbone, texts: Sequence[str], rules=(MERGED, CONTENT), layers=(-1,),
                      ks=(10,), reference: Hashable = None, draws: int = 1000) -> pd.DataFrame:
-    """How well embeddings, decoded by `decoder`, align to the tokens of their own texts, for every counting rule (names
-    in `RULES`) and layer. The rest is as in `alignment_scores`, whose columns follow rule and layer (0 to num_layers).
-    Metrics under `CONTENT` are named so, as in `LAR, content words`."""
+    """How well embeddings, decoded by `decoder`, align to the tokens of their own texts: `alignment_scores` under every
+    rule (a name in `RULES`; `CONTENT` is named in the metric) at every layer, after columns rule, layer (0 to last)."""
     index, tables = [decoder.layer_index(n) for n in layers], {}
     states = {run: encoder.encode_layers(texts, index) for run, encoder in encoders.items()}
     for rule, layer in product(rules, index):
@@ -41,10 +40,9 @@ def key_token_scores(encoders: Encoders, decoder: Backbone, texts: Sequence[str]
 
 def gain_relation(encoders: Encoders, decoder: Backbone, data: EvaluationData, layers, draws=1000) -> pd.DataFrame:
     """Whether an STS pair whose sentences gain in alignment also gains in STS, from the first encoder to the others.
-    A pair gains in LAR by the mean change of its sentences' LAR (without tokens they have none, and it is left out),
+    A pair gains in LAR by the mean change of its sentences' LAR (one without tokens has none: the pair is left out),
     and in STS by how much nearer the rank of its similarity comes to that of its gold score, in percent of all ranks.
-    Columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman of the two gains x 100 with its
-    95 % bootstrap interval over pairs, low and high."""
+    Columns variant, layer, gain in LAR and gain in STS (means over pairs), and spearman of the two x 100, low, high."""
     sentences, before, rows = [*data["sentence1"], *data["sentence2"]], {}, []
     for variant, encoder in encoders.items():
         for layer, states in encoder.encode_layers(sentences, [decoder.layer_index(n) for n in layers]).items():
@@ -84,8 +82,7 @@ class Spectrum:
         table = pd.DataFrame({
             "component": range(1, len(components) + 1), "variation": variation, "deviation": along.std(axis=0),
             "share": variation**2 / (change.mean(axis=0) ** 2).sum(),
-            "share_each": (along**2).sum(axis=0) / (change**2).sum(),
-        })
+            "share_each": (along**2).sum(axis=0) / (change**2).sum()})
         return cls(components[0], float(variation[0]), embeddings.mean(axis=0, dtype=np.float64), table)
 
     def shift(self, multiple: float = 1.0) -> ComponentShifted:
@@ -128,9 +125,8 @@ def shift_study(encoders: Encoders, spectra: Spectra, decoder: Backbone, texts, 
 
 
 def adjustments(encoders: Encoders, spectra: Spectra, decoder: Backbone, data: EvaluationData, draws=1000):
-    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`: a
-    table with the columns method, adjustment, those of `STUDIED`, STS (Spearman x 100), and its difference,
-    difference_low and difference_high, against embeddings without adjustment."""
+    """What shifting, centring and removing the first component do to STS and to alignment, on the pairs of `data`:
+    method, adjustment, `STUDIED`, STS (Spearman x 100); against none difference, difference_low, difference_high."""
     tables = []
     for method, spectrum in spectra.items():
         ways = {"none": None, "shifted by v_1": spectrum.shift(), "mean subtracted": MeanRemoved(spectrum.mean),

@@ -33,7 +33,6 @@ from lib.report.settings import save_settings, settings_file
 
 SEARCH = yaml.safe_load(Path(__file__).with_name("search.yaml").read_text(encoding="utf-8"))
 SEEDS, FIRST_PAIRS, FINALISTS, CP_PAIRS = (SEARCH[key] for key in ("seeds", "first_pairs", "finalists", "cp_pairs"))
-FEWEST_PAIRS = 3
 TP_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.pooling == "last")
 
 
@@ -86,8 +85,7 @@ def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: 
         "start": chosen["start"], "end": chosen["end"], "exit": chosen["exit_layer"],
         "dev_tp": round(chosen["value"], 2), "dev_baseline_same_exit": round(chosen["value"] - chosen["difference"], 2),
         "dev_baseline_best": round(baseline["value"], 2), "dev_baseline_best_exit": baseline["exit_layer"],
-        "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch."),
-    }
+        "dev_pairs": chosen["pairs"], "dtype": str(backbone.dtype).removeprefix("torch.")}
     grid = [of for values in SEARCH["cp_grid"] for of in product(*values) if of[0] < backbone.num_layers]
     if len(get_prompt(prompt).templates) > 2 or not grid:
         return found
@@ -101,15 +99,11 @@ def choose_prompt(backbone: Backbone, prompt: str, data: EvaluationData, pairs: 
 def choose(backbone: Backbone, prompts: Iterable[str], pairs: int | None = 500, store=None, profile="default") -> Path:
     """Search every prompt on the first `pairs` STS-B dev pairs, write its setting as soon as it is found (of several
     processes the main one writes, and the others wait), and return the file. `ValueError` for fewer than 3 pairs."""
-    if pairs is not None and pairs < FEWEST_PAIRS:
-        raise ValueError(f"A correlation, by which settings are chosen, needs {FEWEST_PAIRS} pairs; got {pairs}.")
+    if pairs is not None and pairs < 3:
+        raise ValueError(f"A correlation, by which settings are chosen, needs 3 pairs; got {pairs}.")
     source, data = find_source(), load_sts(dev_task(), "dev")
-    about = {
-        "model": backbone.name, "revision": backbone.revision,
-        "numbering": "start, end: 0-based blocks, end not included; exit: Hugging Face's state, last after final norm",
-        "chosen_by": f"highest Spearman x 100 on dev_pairs pairs of {data.name} dev ({source.label}), the first of its "
-        f"permutation; tried first on {FIRST_PAIRS} of them, the best {FINALISTS} spans again on all",
-    }
+    about = {"model": backbone.name, "revision": backbone.revision, "numbering": SEARCH["numbering"]}
+    about["chosen_by"] = SEARCH["chosen_by"].format(data=data.name, source=source.label, **SEARCH)
     path = settings_file(backbone.name, source.is_sample, profile)
     for prompt in prompts:
         chosen = {prompt: choose_prompt(backbone, prompt, data, pairs, store)}

@@ -14,8 +14,7 @@ FILTER, DIRECTION = "EmbedFilter", "mean direction removed"
 AFTER = {"mean removed": MeanRemoved, DIRECTION: MeanDirectionRemoved, "u1 removed": ComponentRemoved}
 LADDER = {  # the steps of the ladder figure: a way to read, and what it adds to the one before
     LAST: "last layer", EXIT: "+ exit layer", TP: "+ TP", BOTH: "+ AlignedWVA",
-    f"{BOTH}, {DIRECTION}": f"+ {DIRECTION}",
-}
+    f"{BOTH}, {DIRECTION}": f"+ {DIRECTION}"}
 
 
 def readings(encoder: Callable[..., SentenceEncoder], prompt: str, setting: Setting) -> dict[str, SentenceEncoder]:
@@ -28,8 +27,7 @@ def readings(encoder: Callable[..., SentenceEncoder], prompt: str, setting: Sett
 
 
 def postprocessed(encoder: SentenceEncoder, texts: Sequence[str], on: str) -> dict[str, SentenceEncoder]:
-    """The encoder with each postprocess, fitted on its own embeddings of these texts: label -> encoder. `on` says in
-    words which texts these are: never those that are evaluated."""
+    """Label -> the encoder with a postprocess, fitted on its embeddings of texts (`on`, in words) never evaluated."""
     states = encoder.encode(texts)
     return {label: encoder.changed(postprocess=kind.fit(states, on)) for label, kind in AFTER.items()}
 

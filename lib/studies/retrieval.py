@@ -24,8 +24,7 @@ WEIGHTS = {"logit": np.asarray, "log1p": lambda logits: np.log1p(np.maximum(logi
 # How logits become weights: name -> what differs from `SparseSetting`'s defaults.
 WEIGHTINGS = {
     "logit": {"centred": False}, "logit - mean": {}, "log(1 + logit - mean)": {"weight": "log1p"},
-    "(logit - mean) x idf": {"idf": True}, "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True},
-}
+    "(logit - mean) x idf": {"idf": True}, "log(1 + logit - mean) x idf": {"weight": "log1p", "idf": True}}
 
 
 @dataclass(frozen=True)
@@ -192,17 +191,15 @@ def setting_scores(encoded: EncodedSet, ks: Iterable[int], ms: Iterable[int]) ->
 
 
 def choose_setting(scores: Iterable[pd.DataFrame]) -> tuple[int, int, str]:
-    """K, M and weighting from tables of `setting_scores`, a set each: the smallest K that reaches 95 % of the best
-    mean, and the M and weighting that are best for it."""
+    """The smallest K with 95 % of the best mean, its best M and weighting; `scores`: a `setting_scores` a set."""
     mean = pd.concat([table.mean() for table in scores], axis=1).mean(axis=1)
     sizes = mean.index.get_level_values("k")
     return mean[sizes == sizes[mean >= 0.95 * mean.max()].min()].idxmax()
 
 
 def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], halvings: int = 5) -> pd.DataFrame:
-    """What sparse keeps of dense when the setting is chosen on one half of each set's queries and scored on the other,
-    both ways, for several seeded halvings: columns set, halving, k, m, weighting, kept. `scores`: set -> table of
-    `setting_scores`; `dense`: set -> nDCG@10 of each query."""
+    """What sparse keeps of `dense` (set -> nDCG@10 of each query) when the setting is chosen from `scores` (set ->
+    `setting_scores`) on half of its queries and scored on the rest, both ways: set, halving, k, m, weighting, kept."""
     generator, rows = np.random.default_rng(0), []
     for halving in range(halvings):
         halves = {name: np.array_split(generator.permutation(list(table.index)), 2) for name, table in scores.items()}
@@ -214,16 +211,14 @@ def cross_fitted(scores: dict[str, pd.DataFrame], dense: dict[str, pd.Series], h
     return pd.DataFrame(rows, columns=["set", "halving", "k", "m", "weighting", "kept"])
 
 
-def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence[Collection],
-                query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes: Iterable[int], rounds: int = 5
-                ) -> pd.DataFrame:
-    """What a search costs as the collection grows beyond the real documents, with queries sent one at a time: columns
-    method, documents, synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds)
-    with quartiles, operations (mean per query), bytes (per document, of the index or the embeddings). Operations are
-    multiply-adds with all embeddings, or an addition for each entry of the index (posting) that a query touches; one
-    with m > 0 also goes through the unembedding: hidden x vocabulary multiply-adds in any collection. Synthetic
-    collections are all documents and then some again and again, so that token frequencies stay; a million take 7 GB
-    (K = 128, hidden size 576)."""
+def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: SparseSetting, own: Sequence,
+                query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes, rounds=5) -> pd.DataFrame:
+    """What a search costs as the collection grows, with queries sent one at a time: columns method, documents,
+    synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds) with quartiles,
+    operations (mean per query), bytes (per document, of the index or the embeddings). Operations are multiply-adds with
+    all embeddings, or an addition for each entry of the index that a query touches; one with m > 0 also goes through
+    the unembedding: hidden x vocabulary multiply-adds in any collection. Synthetic collections are all documents and
+    then some again, so that token frequencies stay; a million take 7 GB (K = 128, hidden size 576)."""
     real, rows = len(embeddings), []
     for size in sizes:
         generator, ids = np.random.default_rng(0), list(map(str, range(size)))

@@ -1,7 +1,6 @@
 """The embedder `smollm2-eol-cse`, trained here: a LoRA on SmolLM2-135M-Instruct, trained contrastively on paraphrases.
 As PromptEOL-CSE (arXiv 2307.16645): PromptEOL's last state, InfoNCE over cosines with the batch's other pairs as
-negatives. The pairs, the LoRA's size, and its place on the upper blocks alone, where the backward pass can end, are
-ours. `lib.core.embedders` loads it, given `trained_adapter`."""
+negatives. The pairs, the LoRA's size and its place, upper blocks alone, where the backward pass can end, are ours."""
 
 import copy
 import re
@@ -42,9 +41,8 @@ Pairs = namedtuple("Pairs", "first second groups provenance")
 
 
 def positive_pairs() -> Pairs:
-    """The training pairs: the positive ones of `PARTS` without the sentences held out there. Mostly MRPC is left, as
-    STS-B's training part is from STS12-16 and SICK-R's shares its sentences with its test part. Where the source is the
-    sample, its own parts stand in, with a `SampleDataWarning`."""
+    """The training pairs: the positive ones of `PARTS` without the sentences held out there, of the sample with a
+    `SampleDataWarning`. Mostly MRPC's are left: STS-B's are from STS12-16, and SICK-R's are in its test part."""
     source = find_source()
     if source.is_sample:
         text = "The pairs to train on come from sample data; what is trained on them compares with nothing."
@@ -119,8 +117,7 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
 
 
 def train(backbone: Backbone, pairs: Pairs, config: Training, folder: Path) -> dict:
-    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance: config, pairs and data,
-    backbone, code, seconds, each step's loss, the adapter's SHA-256."""
+    """Train a LoRA on a copy of `backbone`, save it to `folder`, and return its provenance, with each step's loss."""
     begin, device, steps, rise = time.perf_counter(), backbone.device, config.steps, max(1, config.steps // 10)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets),
                       layers_to_transform=list(range(config.first_block, backbone.num_layers)))
