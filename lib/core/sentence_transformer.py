@@ -1,6 +1,5 @@
 """Any encoder as a sentence-transformers model, `SentenceTransformer(modules=[TrainingFree(encoder)])`, and in mteb."""
 
-import json
 import re
 from dataclasses import asdict
 from functools import cached_property
@@ -15,7 +14,7 @@ from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import Postprocess, load_postprocess
 from lib.core.store import fingerprint
 
-SETTINGS, POSTPROCESS, OWN = "training_free.json", "postprocess.npz", "lib."
+POSTPROCESS, OWN = "postprocess.npz", "lib."
 OPTIONS = ("exit_layer", "max_length", "share_prefix")
 
 
@@ -24,6 +23,8 @@ class TrainingFree(InputModule):
 
     A prompt of sentence-transformers is put before the text, inside the encoder's own prompt. `save_pretrained` writes
     settings and postprocess; the weights stay where they are, and are loaded again by the model's name and revision."""
+
+    config_file_name = "training_free.json"
 
     def __init__(self, encoder: SentenceEncoder):
         super().__init__()
@@ -48,9 +49,9 @@ class TrainingFree(InputModule):
         return self._dimension
 
     def __reduce__(self):  # to another process, which loads the model itself
-        return from_settings, (self.settings(), self.encoder.postprocess)
+        return from_settings, (self.get_config_dict(), self.encoder.postprocess)
 
-    def settings(self) -> dict:
+    def get_config_dict(self) -> dict:
         """All but the postprocess, as plain data. `ValueError` for a method or pooling of one's own."""
         encoder, backbone = self.encoder, self.encoder.backbone
         parts = {"prompt": encoder.prompt, "method": encoder.method, "pooling": encoder.pooling}
@@ -63,18 +64,16 @@ class TrainingFree(InputModule):
 
     def save(self, output_path: str, *_, **__) -> None:
         """Write what `load` needs to a folder."""
-        folder, postprocess = Path(output_path), self.encoder.postprocess
-        (folder / SETTINGS).write_text(json.dumps(self.settings(), indent=1), encoding="utf-8")
-        if postprocess:
-            postprocess.save(folder / POSTPROCESS)
+        self.save_config(output_path)
+        if self.encoder.postprocess:
+            self.encoder.postprocess.save(Path(output_path) / POSTPROCESS)
 
     @classmethod
     def load(cls, model_name_or_path: str, **options) -> "TrainingFree":
         """What `save` wrote, in a folder or on the hub."""
         where = {key: options[key] for key in ("token", "cache_folder", "revision", "local_files_only")}
-        files = [cls.load_file_path(model_name_or_path, name, **where) for name in (SETTINGS, POSTPROCESS)]
-        settings = json.loads(Path(files[0]).read_text(encoding="utf-8"))
-        return from_settings(settings, files[1] and load_postprocess(files[1]))
+        fitted = cls.load_file_path(model_name_or_path, POSTPROCESS, **where)
+        return from_settings(cls.load_config(model_name_or_path, **where), fitted and load_postprocess(fitted))
 
 
 def from_settings(settings: dict, postprocess: Postprocess | None) -> TrainingFree:
