@@ -7,8 +7,7 @@ import yaml
 
 SENTENCE = "{sentence}"
 PLACEHOLDER = "<PST>"
-# Where placeholders can stand: outside or inside the quotation marks, before or after the sentence, at the start.
-PLACES = ("before_quote", "start", "in_quote", "after_text")
+PLACES = ("before_quote", "start", "in_quote", "after_text")  # where placeholders can stand
 
 
 def clean_sentence(sentence: str) -> str:

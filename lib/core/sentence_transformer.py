@@ -2,9 +2,8 @@
 
 import re
 from dataclasses import asdict
-from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule
@@ -20,9 +19,7 @@ OPTIONS = ("exit_layer", "max_length", "share_prefix")
 
 class TrainingFree(InputModule):
     """The one module of a `SentenceTransformer`, which does all that the encoder does, method and postprocess included.
-
-    A prompt of sentence-transformers is put before the text, inside the encoder's own prompt. `save_pretrained` writes
-    settings and postprocess; the weights stay where they are, and are loaded again by the model's name and revision."""
+    `save_pretrained` writes settings and postprocess; the weights are loaded again by the model's name and revision."""
 
     config_file_name = "training_free.json"
 
@@ -32,7 +29,7 @@ class TrainingFree(InputModule):
         self.tokenizer, self.max_seq_length = encoder.backbone.tokenizer, encoder.max_length
 
     def preprocess(self, inputs, prompt: str | None = None, **_) -> dict:
-        """Texts stay texts: the encoder tokenises them in its own prompt."""
+        """Texts stay texts, after a prompt of sentence-transformers: the encoder puts both inside its own prompt."""
         return {"texts": [f"{prompt or ''}{text}" for text in inputs]}
 
     def forward(self, features: dict, **_) -> dict:
@@ -40,13 +37,9 @@ class TrainingFree(InputModule):
         states = self.encoder.encode(features["texts"], show_progress_bar=False, convert_to_numpy=False)
         return features | {"sentence_embedding": states.to(self.encoder.backbone.device)}
 
-    @cached_property
-    def _dimension(self) -> int:
-        return len(self.encoder.encode("A text."))
-
     def get_embedding_dimension(self) -> int:
         """How long an embedding is; EmbedFilter makes it shorter than the hidden size."""
-        return self._dimension
+        return len(self.encoder.encode("A text."))
 
     def __reduce__(self):  # to another process, which loads the model itself
         return from_settings, (self.get_config_dict(), self.encoder.postprocess)
@@ -85,9 +78,8 @@ def from_settings(settings: dict, postprocess: Postprocess | None) -> TrainingFr
     for name, (kind, fields) in parts.items():
         if not kind.startswith(OWN):
             raise ValueError(f"The settings ask for {kind}, which is not of this package.")
-        module, _, attribute = kind.partition(":")
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        choices[name] = getattr(import_module(module), attribute)(**fields)
+        choices[name] = resolve_name(kind)(**fields)
     return TrainingFree(SentenceEncoder(backbone, postprocess=postprocess, **choices))
 
 

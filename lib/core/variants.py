@@ -24,8 +24,7 @@ class Variant(TokenPrepending):
         resume: writing starts again before this block and stays on to the end; None: never.
         hide: no token attends to the placeholder (it keeps its place) in the blocks `"before"` start or `"after"` end.
         open: attention in the blocks start to end - 1 is not causal: tokens after the placeholder see the
-            `"last_token"`, or the whole `"sentence"` (without the prompt's closing words) sees all of itself.
-        closing: how many tokens follow the sentence, for `open="sentence"`; see `closing_tokens`.
+            `"last_token"`, or the whole `"sentence"` (but for `closing` tokens, see `closing_tokens`) all of itself.
 
     Raises `ValueError` as `TokenPrepending`; also for an unknown write, hide or open, and `"older"` with start 0."""
 
@@ -42,7 +41,6 @@ class Variant(TokenPrepending):
 
     @contextmanager
     def attach(self, backbone: Backbone, batch):
-        """As `TokenPrepending.attach`."""
         self.check(backbone)
         rows, targets = torch.arange(len(batch.last))[:, None], batch.placeholders.reshape(len(batch.last), -1)
         entered = {}  # block -> the last token's state that entered it
