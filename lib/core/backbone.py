@@ -112,17 +112,15 @@ class Backbone:
 
 def load_backbone(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *,
                   trust_remote_code=False, head=True) -> Backbone:
-    """Load a causal language model for reading its hidden states.
+    """Load a causal language model for reading its hidden states. Raises `ModelNotFoundError` for one that is neither
+    here nor on the hub, and `UnsupportedModelError` for one that lacks weights or is not decoder-only and causal.
 
     Args:
         name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder (`~` is yours).
         dtype, device: names in torch, such as `"float16"` and `"cuda:1"`, or `"auto"` (`lib.core.hardware.choose`).
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
         trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
-        head: whether the checkpoint must hold the unembedding; without one, that is random.
-
-    Raises `ModelNotFoundError` for a model that is neither here nor to be had from the hub, and `UnsupportedModelError`
-    for one that lacks weights or is not decoder-only with causal attention."""
+        head: whether the checkpoint must hold the unembedding; without one, that is random."""
     chosen, target, reason = choose(dtype, device)
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")

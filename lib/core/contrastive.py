@@ -19,15 +19,12 @@ IRRELEVANT = f'The irrelevant information of this sentence : "{SENTENCE}" means 
 
 @dataclass(frozen=True)
 class ContrastivePrompting:
-    """CP as a method of an encoder.
+    """CP as a method of an encoder. `ValueError` for block < 0, an unknown rule and no `{sentence}` in `auxiliary`.
 
     Args:
         block: where, 0-based; the paper's layer is block + 1. strength: the paper's alpha, for `"NS"` alone.
         rule: what v, the prompt's value, becomes, with w, that of the auxiliary prompt: `"NS"` (scaled), strength x
-            (v - w), or `"NR"` (renormed), v - w with the length of v.
-        auxiliary: the second prompt's template.
-
-    Raises `ValueError` for a negative block, an unknown rule and a template without `{sentence}`."""
+            (v - w), or `"NR"` (renormed), v - w with the length of v. auxiliary: the second prompt's template."""
 
     block: int = 4
     strength: float = 2.0

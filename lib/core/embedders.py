@@ -143,15 +143,13 @@ def _refusal(repo: str) -> str:
 
 def load_embedder(name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
                   store: EmbeddingStore | None = None, trained=None) -> Embedder:
-    """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own.
+    """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own. `ValueError` for an unknown name, another
+    `backbone` than its own and an adapter that does not fit; errors of `load_backbone` and `BothSides.check`.
 
     Args:
         dtype, device: as of `load_backbone`; where the decoding `backbone` is given, its own are taken.
         store: for both encoders; its `fresh_since` holds for a trained adapter too.
-        trained: `lib.studies.train_embedder.trained_adapter`: (backbone, `fresh_since`) -> an adapter's folder.
-
-    Raises `ValueError` for an unknown name, another `backbone` than its own and an adapter that does not fit, and as
-    `load_backbone`, also where the checkpoint lacks weights or cannot attend to both sides here."""
+        trained: `lib.studies.train_embedder.trained_adapter`: (backbone, `fresh_since`) -> an adapter's folder."""
     if not (entry := name if isinstance(name, Entry) else EMBEDDERS.get(name)):
         raise ValueError(f"Unknown embedder {name!r}; choose from {', '.join(EMBEDDERS)} or pass an Entry.")
     if (state := status(entry, trained is not None)).startswith("not "):

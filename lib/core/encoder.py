@@ -29,11 +29,12 @@ Pass = namedtuple("Pass", "rows batches")
 
 @dataclass(eq=False, repr=False)
 class SentenceEncoder:
-    """Embeddings of sentences from a frozen causal language model. An encoder is four choices on a backbone.
+    """Embeddings of sentences from a frozen causal language model. An encoder is four choices on a backbone. Raises
+    `ValueError` for an unknown prompt or pooling, a layer that does not exist, a method that does not suit the prompt
+    or the model, and for no method on a prompt whose template holds a placeholder.
 
     Args:
-        backbone: from `load_backbone`; several encoders can share it.
-        prompt: a name in `lib.core.prompts.PROMPTS`, or a `Prompt`.
+        backbone: from `load_backbone`; encoders can share it. prompt: a `Prompt` or its name in `PROMPTS`.
         method: what is changed inside the forward pass; None is the baseline. It has `attach(backbone, batch)`, a
             context manager in which forward passes on the batch run with it; `describe()`, it as plain data; and where
             needed `templates(prompt)`, the prompt's with its placeholders, and `check(backbone)`, which both raise
@@ -41,10 +42,7 @@ class SentenceEncoder:
         exit_layer: which state is the embedding, as `Backbone` counts them. Later blocks are not run.
         pooling: a `Pooling` or its name; None takes the prompt's own. postprocess: one of `lib.core.postprocess`.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
-        share_prefix: run what stands before the sentence once. store: an `EmbeddingStore`, to compute nothing twice.
-
-    Raises `ValueError` for an unknown prompt or pooling, a layer that does not exist, a method that does not suit the
-    prompt or the model, and for no method on a prompt whose template holds a placeholder."""
+        share_prefix: run what stands before the sentence once. store: an `EmbeddingStore`, to compute nothing twice."""
 
     backbone: Backbone
     prompt: str | Prompt = "prompteol"
@@ -78,14 +76,13 @@ class SentenceEncoder:
                show_progress_bar: bool | None = None, convert_to_numpy: bool = True,
                normalize_embeddings: bool = False) -> np.ndarray | torch.Tensor:
         """Embed a list of sentences, or one string, at the exit layer: float32 (sentences, hidden), or (hidden,).
+        Raises `ValueError` for an empty list or a batch size below 1, `TypeError` for an item that is not a string, and
+        `FloatingPointError` for a state that is not finite (float16 overflows in some models).
 
         Args:
             batch_size: at most so many sentences in a batch; None leaves it to the token budget alone.
             show_progress_bar: None shows one when there are more than 1,000 sentences to compute.
-            convert_to_numpy: else a torch tensor on the CPU. normalize_embeddings: scale each embedding to length 1.
-
-        Raises `ValueError` for an empty list or a batch size below 1, `TypeError` for an item that is not a string, and
-        `FloatingPointError` for a state that is not finite (float16 overflows in some models)."""
+            convert_to_numpy: else a torch tensor on the CPU. normalize_embeddings: scale each embedding to length 1."""
         if isinstance(sentences, str):
             return self.encode([sentences], batch_size, show_progress_bar, convert_to_numpy, normalize_embeddings)[0]
         (embeddings,) = self.encode_layers(sentences, [self.exit_layer], batch_size, show_progress_bar).values()

@@ -51,7 +51,7 @@ class ComponentRemoved(Postprocess):
 
     @classmethod
     def fit(cls, embeddings: np.ndarray, fitted_on: str = "") -> "ComponentRemoved":
-        """The first principal component u_1 of embeddings (texts, hidden), not centred, as arXiv 2406.17378 has it."""
+        """The first principal component u_1 of (texts, hidden), not centred, as in the code of arXiv 2406.17378."""
         return cls(principal_components(embeddings)[0][0], fitted_on)
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
@@ -74,12 +74,12 @@ class MeanDirectionRemoved(ComponentRemoved):
 
 
 class EmbedFilter(Postprocess):
-    """Projects states after the final norm on the middle of the unembedding's spectrum (arXiv 2606.07502)."""
+    """Projects states after the final norm on the middle of the unembedding's spectrum, float32 (texts, hidden/tau)."""
 
     @classmethod
     def fit(cls, backbone: Backbone, tau: int = 2) -> "EmbedFilter":
-        """Of the model alone: keep hidden / tau right singular vectors of the unembedding matrix (vocabulary, hidden),
-        the same number of them dropped at either end of the spectrum. `ValueError` unless 1 <= tau <= hidden."""
+        """Keep, of the model alone (arXiv 2606.07502), hidden / tau right singular vectors of the unembedding matrix
+        (vocabulary, hidden), with as many dropped at either end. `ValueError` unless 1 <= tau <= hidden."""
         weight = backbone.unembedding.weight.detach()
         hidden = weight.shape[1]
         if not 1 <= tau <= hidden:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args, get_origin
 
+import numpy as np
 import torch
 
 from lib.core.backbone import Backbone
@@ -28,7 +29,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class TokenPrepending:
-    """TP as a method of an encoder: an immutable choice, and the context manager that applies it.
+    """TP as a method of an encoder: an immutable choice, and the context manager that applies it. Raises `ValueError`
+    if start is negative or not below end, for an unknown init or place, and a count below 1.
 
     Args:
         start, end: 0-based block indices. Before block i, for start <= i < end, the last position's state is written
@@ -36,10 +38,7 @@ class TokenPrepending:
         init: a placeholder's vector at the embedding output: `"normal"` (standard normal, as the official code),
             `"zeros"`, `"ones"`, `"uniform"` (0 to 1), `"space"` (the space token's embedding) or a vector (hidden,).
         seed: of `"normal"` and `"uniform"`, which are drawn on the CPU, so that a seed means one vector everywhere.
-        place, count: where placeholders stand (one of `PLACES`), and how many, all with the same vector, in templates
-            that do not say it themselves with `<PST>`.
-
-    Raises `ValueError` if start is negative or not below end, for an unknown init or place, and a count below 1."""
+        place, count: where placeholders of one vector stand (`PLACES`) and how many, unless a template has `<PST>`."""
 
     start: int = 1
     end: int = 7
@@ -56,7 +55,7 @@ class TokenPrepending:
                 known = ", ".join(choice or "''" for choice in get_args(field.type))
                 raise ValueError(f"Unknown {field.name} {getattr(self, field.name)!r}; choose from {known}.")
         if not isinstance(self.init, str):  # a plain tuple keeps the method hashable and comparable
-            object.__setattr__(self, "init", tuple(torch.as_tensor(self.init, dtype=torch.double).flatten().tolist()))
+            object.__setattr__(self, "init", tuple(np.asarray(self.init, float).reshape(-1).tolist()))
         elif self.init not in INITS:
             raise ValueError(f"Unknown init {self.init!r}; choose from {', '.join(INITS)} or give a vector.")
 

@@ -111,13 +111,12 @@ class PromptTokenizer:
         """The sentences, where they do not fit shortened at a token boundary."""
         copies = template.count(SENTENCE)
         around = len(tokenizer(template.replace(SENTENCE, ""), **OPTIONS)["input_ids"])
-        room = (self.max_length - around - 4 * copies) // copies  # 4, for tokens split anew where they meet the prompt
+        room = (self.max_length - around - 4 * copies) // copies  # 4: tokens may split anew where they meet the prompt
         if room < 1:
             raise ValueError(f"max_length={self.max_length} leaves no room: the prompt alone has {around} tokens.")
-        # A token holds at least one byte, so short texts need no look.
-        suspects = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]
+        long = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]  # a token has a byte or more
         options = OPTIONS | {"add_special_tokens": False, "return_offsets_mapping": True}
-        found = tokenizer([sentences[i] for i in suspects], **options)["offset_mapping"] if suspects else ()
-        if ends := {i: offsets[room][0] for i, offsets in zip(suspects, found) if len(offsets) > room}:
+        found = tokenizer([sentences[i] for i in long], **options)["offset_mapping"] if long else ()
+        if ends := {i: offsets[room][0] for i, offsets in zip(long, found) if len(offsets) > room}:
             warnings.warn(f"{len(ends)} of {len(sentences)} sentences were cut to {room} tokens.", stacklevel=3)
         return [sentence[: ends.get(i)] for i, sentence in enumerate(sentences)]
