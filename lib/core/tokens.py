@@ -114,7 +114,7 @@ class PromptTokenizer:
         room = (self.max_length - around - 4 * copies) // copies  # 4: tokens may split anew where they meet the prompt
         if room < 1:
             raise ValueError(f"max_length={self.max_length} leaves no room: the prompt alone has {around} tokens.")
-        long = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]  # a token has a byte or more
+        long = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]  # a token is a byte or more
         options = OPTIONS | {"add_special_tokens": False, "return_offsets_mapping": True}
         found = tokenizer([sentences[i] for i in long], **options)["offset_mapping"] if long else ()
         if ends := {i: offsets[room][0] for i, offsets in zip(long, found) if len(offsets) > room}:
