@@ -35,10 +35,10 @@ class SentenceEncoder:
 
     Args:
         backbone: from `load_backbone`; encoders can share it. prompt: a `Prompt` or its name in `PROMPTS`.
-        method: what is changed inside the forward pass; None is the baseline. It has `attach(backbone, batch)`, a
-            context manager in which forward passes on the batch run with it; `describe()`, it as plain data; and where
-            needed `templates(prompt)`, the prompt's with its placeholders, and `check(backbone)`, which both raise
-            `ValueError` if it does not suit them. `TokenPrepending` shows how.
+        method: what is changed inside the forward pass; None is the baseline. An object as `TokenPrepending` is, with
+            `attach(backbone, batch)`, a context manager in which forward passes on the batch run with it, and which
+            leaves nothing behind; `describe()`, it as plain data; and where needed `templates(prompt)`, the prompt's
+            with its placeholders, and `check(backbone)`, which both raise `ValueError` if it does not suit them.
         exit_layer: which state is the embedding, as `Backbone` counts them. Later blocks are not run.
         pooling: a `Pooling` or its name; None takes the prompt's own. postprocess: one of `lib.core.postprocess`.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
