@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
-from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backbone, untouched
+from tiny_models import FAMILIES, after_last_block, build_tokenizer, tiny_backbone, untouched
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
@@ -56,7 +56,7 @@ def test_logits_are_those_of_the_models_own_head_and_states_before_the_last_go_t
     with torch.inference_mode():
         output = backbone.model(input_ids=torch.tensor([[5, 60, 70, 80, 90]]), output_hidden_states=True)
         state, last = (output.hidden_states[n][0] for n in (2, -1))
-        normed = _after_last_block(backbone.base, state)
+        normed = after_last_block(backbone.base, state)
     ours = torch.from_numpy(decode_logits(backbone, last.numpy()))
     cap = getattr(backbone.model.config, "final_logit_softcapping", None)
     ours = ours if cap is None else cap * torch.tanh(ours / cap)

@@ -7,11 +7,12 @@ from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, assert_same, build_tokenizer, randomise, tiny_backbone, untouched
+from tiny_models import FAMILIES, assert_same, build_tokenizer, random_model, randomise, save_tiny, tiny_backbone
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 
@@ -33,15 +34,8 @@ def load(name: str, folder, base=None, backbone=None, store=None, dtype="float32
     return load_embedder(entry, dtype, "cpu", backbone, store)
 
 
-def save(folder, *parts):
-    for part in parts:
-        part.save_pretrained(folder)
-    return folder
-
-
 def saved(folder, family: str, part: str = "model"):
-    """The folder of a tiny model; the part "base" is without its head, as many checkpoints are."""
-    return save(folder / f"{family}{part}", getattr(tiny_backbone(family), part), tiny_backbone(family).tokenizer)
+    return save_tiny(folder / f"{family}-{part}", family, part)
 
 
 def lora(folder, family: str, part: str = "model", seed: int = 1):
@@ -52,7 +46,8 @@ def lora(folder, family: str, part: str = "model", seed: int = 1):
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
-    return str(save(folder / f"lora{seed}", model)), model.eval()
+    model.save_pretrained(folder / f"lora{seed}")
+    return str(folder / f"lora{seed}"), model.eval()
 
 
 @torch.inference_mode()
@@ -118,7 +113,7 @@ def test_opt_decodes_to_its_next_token_logits_and_shares_the_baseline_s_store(tm
 
 def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
     (folder, model), base = lora(tmp_path, "llama"), load_backbone(str(saved(tmp_path, "llama")), "float32", "cpu")
-    with untouched(base):
+    with tiny_models.untouched(base):
         embedder = load("llama_eol_cse", base.name, backbone=base, adapters=(folder,))
     assert embedder.decoder is base and embedder.query.backbone.unembedding is base.unembedding
     ours = embedder.query.encode(["A man."])
@@ -147,12 +142,11 @@ def test_the_embedder_of_a_backbone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("closes", [False, True])
 def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
     model, tokenizer = tiny_backbone("mistral").model, tiny_backbone("mistral").tokenizer
-    folder = saved(tmp_path, "mistral", "base")
+    folder, closing = saved(tmp_path, "mistral", "base"), build_tokenizer("bytes")
     if closes:  # a tokenizer that closes every text itself
-        closing = build_tokenizer("bytes")
         end = [("</s>", closing.convert_tokens_to_ids("</s>"))]
         closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=end)
-        folder = save(tmp_path, tiny_backbone("mistral").base, closing)
+        closing.save_pretrained(folder)
     embedder = load("e5_mistral", folder, saved(tmp_path, "mistral"))
     for encoder, head in ((embedder.query, f"Instruct: {TASK}\nQuery: "), (embedder.document, "")):
         rows = [[*tokenizer(head + text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
@@ -163,14 +157,13 @@ def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
 @pytest.mark.parametrize("name, role, head, tail", [
     ("gritlm", "query", "<|user|>\nGiven a scientific paper title, retrieve the paper's abstract\n<|embed|>\n", ""),
     ("gritlm", "document", "<|embed|>\n", ""), ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
-    ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]"),
-])
+    ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]")])
 def test_bidirectional_mistral_mean_from_the_sentence_on(tmp_path, kind, name, role, head, tail):
     options = FAMILIES["mistral"][1] | {"sliding_window": None}  # as Mistral-7B-Instruct-v0.2
-    config = transformers.AutoConfig.for_model("mistral", vocab_size=416, **options)
-    model, tokenizer = transformers.AutoModelForCausalLM.from_config(config).eval(), build_tokenizer(kind)
-    randomise(model)
-    encoder, expected = getattr(load(name, save(tmp_path, model, tokenizer), adapters=()), role), []
+    model, tokenizer = random_model("mistral", **options).eval(), build_tokenizer(kind)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder, expected = getattr(load(name, tmp_path, adapters=()), role), []
     for text in TEXTS:
         row = tokenizer(head + text + tail, return_offsets_mapping=True)
         first = next(i for i, (_, end) in enumerate(row["offset_mapping"]) if end > len(head))
@@ -206,11 +199,11 @@ PIECES = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORD
 def bert(folder, kind: str = "BertForMaskedLM", model_type: str = "bert", **options):
     """A tiny model of BERT's kind: its folder and the model."""
     options |= {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = getattr(transformers, kind)(transformers.AutoConfig.for_model(model_type, **options)).eval()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return save(folder / kind, model, PIECES), model
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    model = randomise(getattr(transformers, kind)(config).eval(), seed=3)
+    model.save_pretrained(folder / kind)
+    PIECES.save_pretrained(folder / kind)
+    return folder / kind, model
 
 
 @pytest.mark.parametrize("name, role, head", [
@@ -243,7 +236,7 @@ def test_bert_pooler_and_dpr_read_the_first_token_by_weights_from_the_checkpoint
         assert_same(encoder.encode(TEXTS), torch.cat([model(torch.tensor([row])).pooler_output for row in rows]))
     with pytest.raises(ValueError, match="works on the last state only"):
         encoder.encode_layers(TEXTS, [1])
-    with pytest.raises(UnsupportedModelError, match="lacks 2 weights of BertModel: pooler"):
+    with pytest.raises(UnsupportedModelError, match="lacks 2 weights of BertModel, such as pooler"):
         load("simcse", masked)
     folder, model = bert(tmp_path, "DPRContextEncoder", "dpr", projection_dim=0)
     for layer, embeddings in load("spider", folder, masked).query.encode_layers(TEXTS, [1, -1]).items():

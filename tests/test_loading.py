@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, tiny_backbone
+from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, save_tiny, tiny_backbone
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lib.core import bundled
@@ -37,10 +37,7 @@ def load(folder, dtype: str = "float32", **options) -> Backbone:
 @pytest.fixture
 def folder(tmp_path):
     """A tiny Llama and its tokenizer as they are saved today."""
-    backbone = tiny_backbone()
-    backbone.model.save_pretrained(tmp_path / "model")
-    backbone.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny(tmp_path / "model")
 
 
 def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from tiny_models import SENTENCES, tiny_backbone
+from tiny_models import SENTENCES, save_tiny
 
 from lib.core.attention_values import AttentionValues
 from lib.core.backbone import load_backbone
@@ -34,10 +34,7 @@ np.save(sys.argv[2], model.encode(sys.argv[3:]))
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_backbone().model.save_pretrained(folder)
-    tiny_backbone().tokenizer.save_pretrained(folder)
-    return load_backbone(str(folder), "float32", "cpu")
+    return load_backbone(str(save_tiny(tmp_path_factory.mktemp("model"))), "float32", "cpu")
 
 
 def model_of(encoder: SentenceEncoder) -> SentenceTransformer:
