@@ -24,8 +24,7 @@ ENCODERS = {  # prompt, TP, exit layer, pooling
     "TP": ("prompteol", TokenPrepending(1, 2), 3, None),
     "two templates": ("ck", TokenPrepending(0, 2), 2, None),
     "sentence twice": ("echo", None, 4, None),
-    "no prompt": ("none", None, 3, "mean"),
-}
+    "no prompt": ("none", None, 3, "mean")}
 
 
 @pytest.fixture(autouse=True)

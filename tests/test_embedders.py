@@ -61,7 +61,6 @@ def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypat
     def gated(repo):
         if repo.startswith("meta-llama"):
             raise GatedRepoError("403: the licence is to be accepted\nmore", response=MagicMock())
-
     silent, cached = Mock(side_effect=OSError("no way")), {("facebook/opt-1.3b", "pytorch_model.bin")}
     monkeypatch.setattr(embedders, "_silence", [])
     monkeypatch.setattr(embedders, "auth_check", gated)
@@ -86,10 +85,8 @@ def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypat
 def test_gpt_neo_weighted_mean_in_brackets_that_are_tokens_of_their_own(tmp_path):
     base, tokenizer = saved(tmp_path, "gpt_neo"), tiny_backbone("gpt_neo").tokenizer
     embedder = load("sgpt_msmarco", saved(tmp_path, "gpt_neo", "base"), base)
-
     def weighted(states, ids):
         return torch.arange(1.0, len(ids) + 1) / sum(range(len(ids) + 1)) @ states
-
     for encoder, frame in ((embedder.query, "[]"), (embedder.document, "{}")):
         before, after = tokenizer.convert_tokens_to_ids(list(frame))
         rows = [[before, *tokenizer(text)["input_ids"], after] for text in TEXTS]

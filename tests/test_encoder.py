@@ -168,7 +168,6 @@ def test_a_postprocess_is_applied_to_the_exit_layer_alone(backbone, tmp_path):
 
 class Doubled:
     """A method of one's own: the last token's state is doubled before block 2."""
-
     def describe(self):
         return {"method": "Doubled"}
 
@@ -184,7 +183,6 @@ class Doubled:
 
 class FirstOfSentence:
     """A pooling of one's own: the state of the sentence's first token, negative."""
-
     needs_span = True
 
     def read(self, backbone, batch, layers, prefix=None):

@@ -35,8 +35,7 @@ def data_of(name: str, *rows) -> EvaluationData:
 
 PAIRS = {
     "one": data_of("one", ("x", "A dog.", "A cat.", 3.0), ("y", "The man", "A man", 4.5), ("y", "No.", "A dog.", 0.0)),
-    "two": data_of("two", ("z", "A flute", "A flute", 5.0), ("z", "A cat.", "It is cold.", 1.0)),
-}
+    "two": data_of("two", ("z", "A flute", "A flute", 5.0), ("z", "A cat.", "It is cold.", 1.0))}
 
 
 def test_pairs_at_several_layers_are_those_of_their_embeddings():

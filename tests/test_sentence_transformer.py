@@ -22,8 +22,7 @@ from lib.evaluation.sts import cosine, spearman
 CHOICES = {
     "TP": {"prompt": "ke", "method": TokenPrepending(1, 3, init=(0.5,) * 32), "exit_layer": 3},
     "AlignedWVA": {"prompt": "prompteol", "pooling": AttentionValues(1), "method": TokenPrepending(0, 2)},
-    "CP": {"prompt": "cot", "method": ContrastivePrompting(2, rule="NR"), "share_prefix": False},
-}
+    "CP": {"prompt": "cot", "method": ContrastivePrompting(2, rule="NR"), "share_prefix": False}}
 LOAD = """import sys
 import numpy as np
 from sentence_transformers import SentenceTransformer

@@ -38,8 +38,7 @@ TOLERANCE = 2e-5
 # Of several lengths; none is cut, the longest is longer than the sliding windows, the third fits into one.
 SENTENCES = [
     "A man is playing a large flute on the street, and nobody who walks by that morning seems to hear him at all.",
-    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!",
-]
+    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!"]
 
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}
 _COMMON = {**_IDS, "pad_token_id": 2, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -71,15 +70,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "bloom": ("bloom", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
     # Granite scales what attention and MLP return before it adds it.
-    "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7}),
-}
+    "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7})}
 
 _CORPUS = [
     "A man is playing a large flute on the street .", "Three children, who are cold, run across the snowy field!",
     "What does the woman say about the old house? \"Nothing at all.\"",
     "The stock market fell by 3.5 percent on Tuesday, analysts said.", "It's the dog's bone; it isn't the cat's.",
-    *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates),
-]
+    *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates)]
 
 
 @functools.cache
