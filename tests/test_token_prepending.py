@@ -60,10 +60,10 @@ def test_the_placeholder_s_vector_is_what_it_says_and_what_the_model_reads(backb
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was touched"
     with tp.attach(backbone, at(3)):
         states = read_states(backbone, PLAIN_IDS, range(LAYERS + 1))
-    wanted = loop_states(backbone, ONE_PLACEHOLDER, [(2, 3, [3])], expected)
-    assert torch.equal(states[0][0], wanted[0])
-    for layer in range(1, LAYERS + 1):
-        assert_same(states[layer][0], wanted[layer], f"layer {layer}")
+    first, *others = loop_states(backbone, ONE_PLACEHOLDER, [(2, 3, [3])], expected)
+    assert torch.equal(states[0][0], first)
+    for layer, wanted in enumerate(others, 1):
+        assert_same(states[layer][0], wanted, f"layer {layer}")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, IndexError, RuntimeError])
@@ -99,13 +99,13 @@ def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
 def test_nested_settings_apply_together_and_end_separately(backbone):
     outer, inner = TokenPrepending(1, 4, seed=1), TokenPrepending(2, 3, seed=1)
     both, states = [(1, 4, [3]), (2, 3, [7])], lambda: read_states(backbone, PLAIN_IDS, [LAYERS])[LAYERS][0]
-    plain = states()
+    plain, vector = states(), outer.initial_vector(backbone)
     with outer.attach(backbone, at(3)):
         alone = states()
         with inner.attach(backbone, at(7)):
-            assert_same(states(), loop_states(backbone, IDS, both, outer.initial_vector(backbone))[LAYERS])
+            assert_same(states(), loop_states(backbone, IDS, both, vector)[LAYERS])
+        assert_same(states(), loop_states(backbone, ONE_PLACEHOLDER, both[:1], vector)[LAYERS])
         assert torch.equal(states(), alone)
-    assert_same(alone, loop_states(backbone, ONE_PLACEHOLDER, both[:1], outer.initial_vector(backbone))[LAYERS])
     assert torch.equal(states(), plain)
 
 
@@ -121,9 +121,8 @@ def test_token_ids_are_those_of_a_tokenizer_with_the_placeholder_added(kind):
         for template in PROMPTS[name].with_placeholder(place, count):
             rows = rows_of(kind, template, sentences)
             for sentence, ids, places in zip(sentences, rows.ids, rows.placeholders, strict=True):
-                expected = tiny.official_ids(tokenizer, template.replace("{sentence}", sentence))
-                assert [k for k, token in enumerate(expected) if token == SPARE_TOKEN] == places, template
-                assert [0 if token == SPARE_TOKEN else token for token in expected] == ids, template
+                found = [SPARE_TOKEN if k in places else token for k, token in enumerate(ids)]
+                assert found == tiny.official_ids(tokenizer, template.replace("{sentence}", sentence)), template
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,8 +165,7 @@ CLOSING = 6  # tokens after the sentence
 
 # Name -> the variant, the blocks before which a plain loop writes, the blocks in which it uses a mask of its own.
 VARIANTS = {
-    "tp": (Variant(1, 3), (1, 2), ()),
-    "nothing": (Variant(1, 3, write="nothing"), (), ()),
+    "tp": (Variant(1, 3), (1, 2), ()), "nothing": (Variant(1, 3, write="nothing"), (), ()),
     **{write: (Variant(1, 3, write=write), (1, 2), ()) for write in ("mean", "older", "same")},
     "resumed": (Variant(0, 2, resume=3), (0, 1, 3), ()),
     "hidden before": (Variant(1, 3, hide="before"), (1, 2), (0,)),
