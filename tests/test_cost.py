@@ -11,8 +11,7 @@ import torch
 from tiny_models import SENTENCES, build_tokenizer, tiny_backbone
 
 from benchmarks import gpu, gpu_cost, gpu_parity
-from lib.core.encoder import SentenceEncoder
-from lib.core.token_prepending import TokenPrepending
+from lib import SentenceEncoder, TokenPrepending
 from lib.report.settings import Setting
 from lib.studies import cost
 from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, SAME, TP, TP_EXIT
@@ -158,8 +157,7 @@ def test_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, no_data):
     families = ("llama", "opt_narrow")
     monkeypatch.setattr(gpu_parity, "FAMILIES", families)
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    options = ["--tiny", f"--tokenizer={tmp_path / 'tokenizer'}", "--models", f"--folder={tmp_path}"]
-    assert gpu.main(options) == 0
+    assert gpu.main(["--tiny", f"--tokenizer={tmp_path / 'tokenizer'}", "--models", f"--folder={tmp_path}"]) == 0
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path / "none")
     assert cost.gpu_results() == []
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path)

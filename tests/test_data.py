@@ -111,8 +111,7 @@ def test_only_a_line_feed_ends_a_line_and_quotes_are_text(tiny):
     line = f'forum\tf.txt\t2020\t7\t3.4\t{odd}\tb "c" d'
     data = tiny("STS-B", {STSB: f"{line}\tlicence\tmore\n{line}\n"})
     assert data.rows[0] == {"subset": "forum", "sentence1": odd, "sentence2": 'b "c" d', "score": 3.4} == data.rows[1]
-    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    data = tiny("MRPC", {MRPC: header + '1\t1\t2\t" He said\tHe " said\n'})
+    data = tiny("MRPC", {MRPC: '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\t" He said\tHe " said\n'})
     assert data.rows[0] == {"split": "train", "sentence1": '" He said', "sentence2": 'He " said', "label": 1}
     data = tiny("MR", {"MR/rt-polarity.pos": b"caf\xe9 \x85 x\x0b\x0c\x1cy\r\nnext"})  # latin-1, as SentEval reads it
     assert data["sentence1"] == ["caf\u00e9 \u0085 x\x0b\x0c\x1cy", "next", "a b", "a b"]

@@ -16,9 +16,15 @@ from tiny_models import FAMILIES, assert_same, build_tokenizer, random_model, ra
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 
-from lib import EmbeddingStore, ModelNotFoundError, SentenceEncoder, TokenPrepending, load_backbone
+from lib import (
+    EmbeddingStore,
+    ModelNotFoundError,
+    SentenceEncoder,
+    TokenPrepending,
+    UnsupportedModelError,
+    load_backbone,
+)
 from lib.core import embedders
-from lib.core.backbone import UnsupportedModelError
 from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, load_embedder, status
 from lib.evaluation.alignment import decode_logits
 
@@ -207,8 +213,7 @@ def bert(folder, kind: str = "BertForMaskedLM", model_type: str = "bert", **opti
     ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: ")])
 def test_mean_over_all_tokens(tmp_path, name, role, head):
     folder, model = bert(tmp_path, "MPNetForMaskedLM", "mpnet") if name == "mpnet" else bert(tmp_path)
-    rows = PIECES([head + text for text in TEXTS])["input_ids"]
-    expected = read(model, rows, lambda states, _: states.mean(0))
+    expected = read(model, PIECES([head + text for text in TEXTS])["input_ids"], lambda states, _: states.mean(0))
     ours, half = (getattr(load(name, folder, dtype=kind), role).encode(TEXTS) for kind in ("float32", "float16"))
     assert_same(ours, expected if name == "contriever" else normalize(expected, dim=1))
     assert torch.cosine_similarity(torch.from_numpy(half), expected).min() > 0.9999

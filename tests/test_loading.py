@@ -15,13 +15,11 @@ import torch
 from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, save_tiny, tiny_backbone
 from transformers import T5Config, T5ForConditionalGeneration
 
+from lib import PROMPTS, AttentionValues, Backbone, SentenceEncoder, TokenPrepending, load_backbone
 from lib.core import bundled
-from lib.core.attention_values import AttentionValues
-from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.backbone import ModelNotFoundError, UnsupportedModelError
 from lib.core.bundled import BUNDLED, PROBE, Bundled, check_tokenizer, join_parts, keep_copy
-from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PROMPTS, clean_sentence
-from lib.core.token_prepending import TokenPrepending
+from lib.core.prompts import clean_sentence
 from lib.core.tokens import PromptTokenizer
 from lib.data.sts import load_sts
 from lib.evaluation.sts import spearman, sts_pairs

@@ -97,8 +97,7 @@ def test_cross_fitting_scores_no_query_that_its_setting_was_chosen_on(monkeypatc
     monkeypatch.setattr(retrieval, "choose_setting", lambda tables: seen.append(list(tables)) or (32, 0, "x"))
     found = retrieval.cross_fitted(scores, dense, halvings=3)
     assert len(found) == 3 * 2 * 2 and len(seen) == 6
-    of_p = found[(found["set"] == "p") & (found["halving"] == 0)]["kept"].tolist()
-    for half, kept in enumerate(of_p):
+    for half, kept in enumerate(found.query("set == 'p' and halving == 0")["kept"]):
         scored = seen[1 - half][0].index  # what is chosen on one half is scored on the other
         assert not set(seen[half][0].index) & set(scored) and len(seen[half][0]) + len(scored) == 21
         assert kept == pytest.approx(scores["p"].loc[scored, (32, 0, "x")].mean() / dense["p"][scored].mean())
