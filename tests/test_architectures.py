@@ -17,7 +17,6 @@ from transformers import DynamicCache
 import lib.core.forward
 from lib import Backbone, Placement, SentenceEncoder, TokenPrepending, UnsupportedModelError
 from lib.core.forward import read_states, run_prefix, shares_prefix
-from lib.core.tokens import MIN_PREFIX
 
 # start=2 lets two blocks read the placeholder's own vector: a norm before the first block hides its length, so that
 # with start=1 a wrong scale would not show. end=LAYERS is the last block.
@@ -94,24 +93,6 @@ def test_encoder_equals_the_loop(family, setting, share_prefix):
         alone = encoder.changed(exit_layer=layer)
         assert_same(alone.encode(SENTENCES), expected, f"early exit at layer {layer}")
         assert_same(alone.encode(SENTENCES[0]), expected[0], f"early exit at layer {layer}, one string")
-
-
-@families
-def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
-    backbone, tp, runs, tokens = tiny_backbone(family), SETTINGS["tp-1-3"], [], {}
-    def note(module, args):
-        runs.append((module, args[0].shape[-1] if module is backbone.embeddings else 0))
-    with nn.modules.module.register_module_forward_pre_hook(note):  # it comes before the hook that exits
-        for share in (True, False):
-            encoder = SentenceEncoder(backbone, "prompteol", tp, exit_layer=2, share_prefix=share)
-            encoder.encode(SENTENCES)  # the first call may check whether the model can share a prefix
-            runs.clear()
-            encoder.encode(SENTENCES)
-            assert [block in dict(runs) for block in backbone.layers] == [True, True, True, False]
-            tokens[share] = [count for module, count in runs if module is backbone.embeddings]
-    whole = max(len(prompt_ids(backbone, s, tp)) for s in SENTENCES)
-    prefix, rest = tokens[True]
-    assert tokens[False] == [whole] == [prefix + rest] and prefix >= MIN_PREFIX
 
 
 @cases("length", [[4, tiny.WINDOW - 1, tiny.WINDOW, 2 * tiny.WINDOW + 3]], (2 * tiny.WINDOW + 3,))

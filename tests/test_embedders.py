@@ -16,15 +16,9 @@ from tiny_models import FAMILIES, assert_same, build_tokenizer, random_model, ra
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 
-from lib import (
-    EmbeddingStore,
-    ModelNotFoundError,
-    SentenceEncoder,
-    TokenPrepending,
-    UnsupportedModelError,
-    load_backbone,
-)
+from lib import EmbeddingStore, SentenceEncoder, TokenPrepending, load_backbone
 from lib.core import embedders
+from lib.core.backbone import ModelNotFoundError, UnsupportedModelError
 from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, load_embedder, status
 from lib.evaluation.alignment import decode_logits
 
