@@ -175,9 +175,7 @@ def test_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, no_data):
     paths = read["reference"]
     assert paths["path"].tolist() == ["reference", "ours"] * 2
     assert (paths.groupby("prompt")["TFLOP"].first() > paths.groupby("prompt")["TFLOP"].last()).all()
-
-
-def test_an_embedding_that_differs_on_the_device_is_named():
+    # What differs on the device is named.
     rows = [("llama", "float32", 1e-7, 2e-5), ("llama", "bfloat16", 1e-3, None)]
     table = pd.DataFrame(rows, columns=["model", "dtype", "baseline", "TP"])
     assert gpu_parity.too_far(table) == ["llama, float32, TP: 1 - cosine 2.0e-05"]

@@ -111,8 +111,7 @@ def test_killed_at_random_it_goes_on_and_two_runs_at_once_wait_for_each_other(un
             run.wait(timeout=moments.uniform(0, 0.5))
         run.send_signal(signal.SIGKILL)
         run.wait()
-    runs = [copy.start("01"), copy.start("01")]
-    assert [run.wait() for run in runs] == [0, 0], copy.log()[-3000:]
+    assert [run.wait() for run in [copy.start("01"), copy.start("01")]] == [0, 0], copy.log()[-3000:]
     assert "waiting for it" in copy.log()
     done = re.findall(r"^01_sts_eval +\d+ +(\d+) / (\d+)", copy.log(), re.M)
     assert int(done[0][1]) > 0, "what was stored before the kills is used"

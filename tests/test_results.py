@@ -214,9 +214,7 @@ def test_nothing_is_computed_twice(backbone, passes, tmp_path):
     # Other neighbours in a batch mean other rounding: a call gives the same bits, whatever ran before it.
     stored(backbone, tmp_path / "other").encode(SENTENCES[:3])
     assert np.array_equal(stored(backbone, tmp_path / "other").encode(SENTENCES), expected[-1])
-
-
-def test_ck_is_the_mean_of_cot_and_ke_and_finds_what_they_stored(backbone, passes, tmp_path):
+    # CK is the mean of CoT and KE, and finds what they stored.
     cot, ke = (stored(backbone, tmp_path, prompt=name).encode(SENTENCES) for name in ("cot", "ke"))
     passes.clear()
     assert_same(stored(backbone, tmp_path, prompt="ck").encode(SENTENCES), (cot + ke) / 2)

@@ -74,16 +74,10 @@ def test_its_evaluator_gives_our_score(backbone):
     assert 100 * found["spearman_cosine"] == pytest.approx(expected, abs=1e-4)
 
 
-class Own:
-    """A method that no settings file could hold."""
-
-    def describe(self):
-        return {"method": "own"}
-
-
 def test_what_cannot_be_saved_or_is_not_what_was_saved_is_refused(backbone, tmp_path):
+    own = type("Own", (), {"describe": lambda self: {"method": "own"}})()  # which no settings file could hold
     with pytest.raises(ValueError, match="Own is not of this package"):
-        model_of(SentenceEncoder(backbone, "none", Own())).save_pretrained(str(tmp_path))
+        model_of(SentenceEncoder(backbone, "none", own)).save_pretrained(str(tmp_path))
     model_of(SentenceEncoder(backbone, "none")).save_pretrained(str(tmp_path))
     file = tmp_path / "training_free.json"
     text = file.read_text()
