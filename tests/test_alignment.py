@@ -121,7 +121,7 @@ def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stan
             top_tokens(backbone, rows, k=k, classes=rule)
 
 
-def test_token_texts(tokenizer):
+def test_token_texts_and_rules_by_hand(tokenizer):
     texts = token_texts(tokenizer, [OF_DOG, STOP, SPACE, C3, E3, LINE, 99])
     assert texts == [" dog", ".", " ", f"<id {C3}>", f"<id {E3}>", "\n", "<id 99>"]
     shown = {" dog": "␣dog", "  ": "␣␣", "a b": "a b", "\n": "\\n", "\t x": "\\t x", "é": "é", "\u200b": "\\u200b"}
@@ -132,9 +132,6 @@ def test_token_texts(tokenizer):
     assert llama.decode([0]) == "dog" and token_texts(llama, [0, 1, 2]) == [" dog", "dog", "  "]
     assert token_classes(llama, 3, OFFICIAL_RULE).tolist() == [0, 1, 2]
     assert token_classes(llama, 3, DEFAULT_RULE).tolist() == [0, 0, 2]
-
-
-def test_rules_by_hand(tokenizer):
     size = len(ENTRIES) + 1  # one row that no token belongs to
     assert token_classes(tokenizer, size, OFFICIAL_RULE).tolist() == list(range(size))
     exact = token_classes(tokenizer, size, TokenRule(merge_space=False, merge_case=False))

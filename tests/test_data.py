@@ -256,7 +256,7 @@ def test_samples_are_nested_and_are_the_same_whatever_was_drawn_before(count, si
     assert set(odd.first(sizes[0])["row"]) >= {row for row in first["row"] if row % 2}
 
 
-def test_a_sample_is_the_same_everywhere_and_every_data_set_has_its_own():
+def test_a_sample_is_the_same_everywhere_is_each_data_set_s_own_and_says_in_its_provenance_what_it_is():
     data = made_up(200)
     assert data.first(5)["row"] == [33, 61, 79, 117, 191]  # in every version of this package and of numpy
     assert data.first(50)["row"] != made_up(200, "another").first(50)["row"] != made_up(201).first(50)["row"]
@@ -265,9 +265,6 @@ def test_a_sample_is_the_same_everywhere_and_every_data_set_has_its_own():
         data.first(0)
     with pytest.raises(ValueError, match="The mask has 2 values, made up has 200 rows"):
         data.where([True, False], "too short")
-
-
-def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are():
     genres = ["b"] * 30 + ["a"] * 4 + ["c"] * 40 + ["b"] * 30
     data, caps = made_up(len(genres), text=genres), [{"first": 10, "within": "text"}]
     few, more = data.first(10, within="text"), data.first(12, within="text")

@@ -31,15 +31,10 @@ def load(folder, dtype: str = "float32", **options) -> Backbone:
     return load_backbone(str(folder), dtype, "cpu", **options)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A tiny Llama and its tokenizer as they are saved today."""
-    return save_tiny(tmp_path / "model")
-
-
-def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(folder):
+def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(tmp_path):
     expected = SentenceEncoder(tiny_backbone(), "ke", TokenPrepending(1, 3)).encode(SENTENCES)
-    loaded, state = load(folder), tiny_backbone().model.state_dict()
+    folder, state = save_tiny(tmp_path / "model"), tiny_backbone().model.state_dict()
+    loaded = load(folder)
     assert_same(SentenceEncoder(loaded, "ke", TokenPrepending(1, 3)).encode(SENTENCES), expected)
     assert loaded.revision == "local folder" and loaded.describe()["dtype"] == "float32"
     (folder / "model.safetensors").unlink()

@@ -18,12 +18,8 @@ from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, Sp
 
 
 @pytest.fixture(scope="module")
-def data():
-    return load_beir("sample", DataSource("sample", DATA / "sample" / "beir"))
-
-
-@pytest.fixture(scope="module")
-def encoded(data):
+def encoded():
+    data = load_beir("sample", DataSource("sample", DATA / "sample" / "beir"))
     generator, backbone = np.random.default_rng(0), tiny_backbone()
     sides = [generator.normal(size=(len(side), HIDDEN)).astype(np.float32) + 1 for side in (data.corpus, data.queries)]
     return retrieval.EncodedSet(data, *sides, backbone, backbone.num_layers, (40, 8))
