@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import lib.core.forward
 from lib import Backbone, Placement, SentenceEncoder, TokenPrepending, UnsupportedModelError
 from lib.core.forward import read_states, run_prefix, shares_prefix
+from lib.core.tokens import MIN_PREFIX
 
 # start=2 lets two blocks read the placeholder's own vector: a norm before the first block hides its length, so that
 # with start=1 a wrong scale would not show. end=LAYERS is the last block.
@@ -93,6 +94,22 @@ def test_encoder_equals_the_loop(family, setting, share_prefix):
         alone = encoder.changed(exit_layer=layer)
         assert_same(alone.encode(SENTENCES), expected, f"early exit at layer {layer}")
         assert_same(alone.encode(SENTENCES[0]), expected[0], f"early exit at layer {layer}, one string")
+
+
+@families
+def test_early_exit_and_shared_prefix_run_fewer_blocks_on_fewer_tokens(family):
+    backbone, tp, tokens = tiny_backbone(family), SETTINGS["tp-1-3"], {}
+    for share in (True, False):
+        encoder, runs = SentenceEncoder(backbone, "prompteol", tp, exit_layer=2, share_prefix=share), []
+        encoder.encode(SENTENCES)  # the first call may check whether the model can share a prefix
+        # The hook comes before the one that exits.
+        with nn.modules.module.register_module_forward_pre_hook(lambda *call, runs=runs: runs.append(call)):
+            encoder.encode(SENTENCES)
+        assert [block in dict(runs) for block in backbone.layers] == [True, True, True, False]
+        tokens[share] = [args[0].shape[-1] for module, args in runs if module is backbone.embeddings]
+    prefix, rest = tokens[True]
+    assert tokens[False] == [prefix + rest] == [max(len(prompt_ids(backbone, s, tp)) for s in SENTENCES)]
+    assert prefix >= MIN_PREFIX
 
 
 @cases("length", [[4, tiny.WINDOW - 1, tiny.WINDOW, 2 * tiny.WINDOW + 3]], (2 * tiny.WINDOW + 3,))

@@ -125,7 +125,6 @@ def test_contrastive_prompting_equals_two_calls_by_hand(family, options, prompt)
 
 def test_no_block_is_run_in_vain_and_a_cut_sentence_is_cut_in_both_passes(backbone, passes):
     for method, pooling, layer, expected in [
-        (None, None, 1, [1, 0, 0, 0]), (METHODS["tp"], None, 2, [1, 1, 0, 0]),
         (None, AttentionValues(), 2, [1, 1, 0, 0]), (None, AttentionValues(1), LAYERS, [1, 1, 1, 1]),
         (CP, None, LAYERS, [2, 2, 1, 1]), (ContrastivePrompting(0), None, 3, [2, 1, 1, 0])]:
         encoder = SentenceEncoder(backbone, "cot", method, layer, pooling, share_prefix=False)
