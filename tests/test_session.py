@@ -268,8 +268,7 @@ DRAWN = {
     "kinds": partial(special.similarity_by_kind, PAIRS.assign(overlap=PAIRS["cosine"].abs()), TITLE),
     "stems": partial(special.variation_stems, dict.fromkeys(LONG, ROWS), TITLE),
     "attention": partial(special.attention_map, BLOCKS.query("variant == 'TP'"), BLOCKS.query("token == 0"), TITLE),
-    "pareto": partial(special.pareto, COST, ylabel="Spearman x 100", **TEXTS),
-}
+    "pareto": partial(special.pareto, COST, ylabel="Spearman x 100", **TEXTS)}
 
 
 @pytest.mark.filterwarnings("error")

@@ -157,7 +157,7 @@ def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = 
     model, info = getattr(transformers, loader).from_pretrained(name, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unused)):
-        kind, found = type(model).__name__, f"; it has {next(iter(info['unexpected_keys']), 'no others')}"
+        kind, found = type(model).__name__, f"; it has {min(info['unexpected_keys'], default='no others')}"
         raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {kind}, such as {missing[0]}{found}.")
     return model, tokenizer, getattr(model.config, "_commit_hash", None) or "local folder"
 

@@ -127,7 +127,7 @@ class SentenceEncoder:
     def passes(self, sentences: Sequence[str], batch_size: int | None = None) -> list[Pass]:
         """What `encode` computes, template by template and chunk by chunk, without the computation."""
         parts = chunks(map(self.prompt.prepare, sentences))
-        return [self._pass(template, part, batch_size or self.batch_size) for template in self.templates for part in parts]
+        return [self._pass(template, part, batch_size) for template in self.templates for part in parts]
 
     def batch(self, rows: TokenRows, indices: Sequence[int]) -> Batch:
         """Some rows of a `Pass`, on the model's device."""
@@ -143,7 +143,7 @@ class SentenceEncoder:
         if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
             rows.prefix = 0
         lengths = [len(row) - rows.prefix for row in rows.ids]
-        return Pass(rows, token_batches(lengths, self.backbone.device, batch_size))
+        return Pass(rows, token_batches(lengths, self.backbone.device, batch_size or self.batch_size))
 
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict:
         """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored. A key
