@@ -29,7 +29,7 @@ def checkpoint(folder, change) -> str:
 
 
 BROKEN = {
-    "all under module.": (lambda w: {f"module.{key}": value for key, value in w.items()}, "has module.model"),
+    "all under module.": (lambda w: {f"module.{key}": value for key, value in w.items()}, "has module.lm_head"),
     "one block's part": (lambda w: {k: v for k, v in w.items() if "2.mlp.up" not in k}, r"layers\.2\.mlp\.up_proj"),
     "no head": (lambda w: {key: value for key, value in w.items() if not key.startswith("lm_head")}, "lm_head.weight"),
     "another size": (lambda w: w | {"model.norm.weight": torch.ones(7)}, "model.norm.weight|size"),

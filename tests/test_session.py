@@ -37,7 +37,7 @@ def shown(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(settings, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(settings, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(session, "load_backbone", lambda model, dtype: tiny_backbone())
+    monkeypatch.setattr(session, "load_backbone", lambda model, dtype, device_map: tiny_backbone())
     monkeypatch.setattr(sources, "find_source", lambda: DataSource("sample", tmp_path))
     monkeypatch.setattr(session, "display", displayed.append)
     return displayed
