@@ -35,10 +35,10 @@ class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
     backbone, source, settings, store, and where: model, dtype and data in words.
     `notebook` and `profile` name the provenance and the folder under `figures/`; `model`, `dtype` and `device_map`,
-    empty for none, are as of `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context` is what
-    the runner hands over: fresh_since, what was stored before this time, in seconds of the epoch, does not count; log, a
-    file that is told what was reused and how much memory it took; hub_unreachable, why not to ask the hub; meeting, the
-    file by which processes meet; parameters, all that were given."""
+    empty for none, are as of `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context`
+    is what the runner hands over: fresh_since, what was stored before this time, in seconds of the epoch, does not
+    count; log, a file that is told what was reused and how much memory it took; hub_unreachable, why not to ask the
+    hub; meeting, the file by which processes meet; parameters, all that were given."""
 
     def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None,
                  device_map: str = "", **encoding):
