@@ -57,7 +57,7 @@ def read_chunks(path: str, column: str) -> Iterator[list[str]]:
 
 def embed(encoder: SentenceEncoder, chunks: Iterable[list[str]], output: Path) -> int:
     """Write the embeddings of all chunks to `output`, and return how many. Meanwhile they lie in a folder beside it, a
-    file a chunk, named by texts and settings: an interrupted call finds them there. `ValueError` if there is no text."""
+    file a chunk, named by texts and settings: an interrupted call finds them there. `ValueError` for no text."""
     parts, count = output.with_suffix(".parts"), 0
     encoder = encoder.changed(store=EmbeddingStore(parts))
     parts.mkdir(parents=True, exist_ok=True)

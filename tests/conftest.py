@@ -24,7 +24,6 @@ def pytest_collection_modifyitems(items):
 def bundled(name: str):
     """A bundled model in float32, the dtype of all reference numbers. Nothing may change it."""
     from lib.core.backbone import ModelNotFoundError, load_backbone
-
     try:
         return load_backbone(name, dtype="float32", device="cpu")
     except ModelNotFoundError as error:
@@ -45,7 +44,6 @@ def gemma3():
 def backbone():
     """The tiny Llama that tests share. After each of them it must be as it was."""
     from tiny_models import tiny_backbone, untouched
-
     with untouched(tiny_backbone()):
         yield tiny_backbone()
 

@@ -1,6 +1,5 @@
 """Logits, token rules, alignment metrics, studies of key tokens and concepts: against models' own heads and by hand."""
 
-import copy
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,13 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
-from tiny_models import FAMILIES, _after_last_block, build_tokenizer, tiny_backbone, untouched
+from test_hardware import in_float16
+from tiny_models import FAMILIES, after_last_block, build_tokenizer, tiny_backbone, untouched
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from lib import Backbone, MeanRemoved, SentenceEncoder, TokenPrepending
+from lib import MeanRemoved, SentenceEncoder, TokenPrepending
 from lib.core.postprocess import principal_components
 from lib.data.sources import EvaluationData
 from lib.data.texts import load_minimal_pairs
@@ -56,7 +56,7 @@ def test_logits_are_those_of_the_models_own_head_and_states_before_the_last_go_t
     with torch.inference_mode():
         output = backbone.model(input_ids=torch.tensor([[5, 60, 70, 80, 90]]), output_hidden_states=True)
         state, last = (output.hidden_states[n][0] for n in (2, -1))
-        normed = _after_last_block(backbone.base, state)
+        normed = after_last_block(backbone.base, state)
     ours = torch.from_numpy(decode_logits(backbone, last.numpy()))
     cap = getattr(backbone.model.config, "final_logit_softcapping", None)
     ours = ours if cap is None else cap * torch.tanh(ours / cap)
@@ -77,9 +77,8 @@ def test_logits_are_those_of_the_models_own_head_and_states_before_the_last_go_t
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_norm_states_in_float32(family, dtype):
     """A state before the final norm can be larger than float16 holds. The same model in float32 is the reference."""
-    half = copy.deepcopy(tiny_backbone(family).model).to(dtype)
-    exact = copy.deepcopy(half).float()
-    half, exact = (Backbone.from_model(model, build_tokenizer(), family) for model in (half, exact))
+    half = in_float16(tiny_backbone(family), dtype)
+    exact = in_float16(half, torch.float32)
     states = 1e6 * np.random.default_rng(0).normal(size=(3, half.hidden_size)).astype(np.float32)
     with torch.inference_mode():
         expected = exact.final_norm(torch.tensor(states)).numpy()
@@ -122,7 +121,7 @@ def test_top_tokens_of_a_rule_are_distinct_and_stand_where_their_best_entry_stan
             top_tokens(backbone, rows, k=k, classes=rule)
 
 
-def test_token_texts(tokenizer):
+def test_token_texts_and_rules_by_hand(tokenizer):
     texts = token_texts(tokenizer, [OF_DOG, STOP, SPACE, C3, E3, LINE, 99])
     assert texts == [" dog", ".", " ", f"<id {C3}>", f"<id {E3}>", "\n", "<id 99>"]
     shown = {" dog": "␣dog", "  ": "␣␣", "a b": "a b", "\n": "\\n", "\t x": "\\t x", "é": "é", "\u200b": "\\u200b"}
@@ -133,9 +132,6 @@ def test_token_texts(tokenizer):
     assert llama.decode([0]) == "dog" and token_texts(llama, [0, 1, 2]) == [" dog", "dog", "  "]
     assert token_classes(llama, 3, OFFICIAL_RULE).tolist() == [0, 1, 2]
     assert token_classes(llama, 3, DEFAULT_RULE).tolist() == [0, 0, 2]
-
-
-def test_rules_by_hand(tokenizer):
     size = len(ENTRIES) + 1  # one row that no token belongs to
     assert token_classes(tokenizer, size, OFFICIAL_RULE).tolist() == list(range(size))
     exact = token_classes(tokenizer, size, TokenRule(merge_space=False, merge_case=False))
@@ -171,11 +167,11 @@ def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
     states = np.zeros((2, len(ENTRIES)), np.float32)
     states[0, [OF_DOG, LINE, BIG_DOG, 0]], states[1, [RUN, STOP, SEVEN, DOG]] = [4, 3, 2, 1], [4, 3, 2, 1]
     table = alignment.aligned_tokens(backbone, states, k=4, texts=["dog", "a dog"])
-    assert list(table.columns) == ["text", "id", "token", "logit", "in_text"]
-    assert table["text"].tolist() == [0] * 4 + [1] * 4
-    assert table["id"].tolist()[:4] == [OF_DOG, LINE, BIG_DOG, 0] and table["logit"].tolist() == [4, 3, 2, 1] * 2
-    assert table["token"].tolist()[:4] == ["␣dog", "\\n", "Dog", "<s>"]
-    assert table["in_text"].tolist() == [True, False, True, False, False, False, False, True]
+    rows = [(0, OF_DOG, "␣dog", 4, True), (0, LINE, "\\n", 3, False), (0, BIG_DOG, "Dog", 2, True),
+            (0, 0, "<s>", 1, False), (1, RUN, "run", 4, False), (1, STOP, ".", 3, False), (1, SEVEN, "7", 2, False),
+            (1, DOG, "dog", 1, True)]
+    expected = pd.DataFrame(rows, columns=["text", "id", "token", "logit", "in_text"])
+    pd.testing.assert_frame_equal(table, expected, check_dtype=False)
     assert "in_text" not in alignment.aligned_tokens(backbone, states, k=4)
     lines = alignment.token_lines(backbone, states, -1, 4, ["dog", "a dog"])
     assert lines == ["**␣dog** \\n **Dog** <s>", "run . 7 **dog**"]
@@ -186,7 +182,7 @@ def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
 TOP, OWN = np.array([[7, 3, 9, 5, 1, 0], [2, 4, 6, 8, 0, 1], [1, 2, 3, 4, 5, 6]]), [[3, 3, 5, 1], [0, 9, 5], []]
 
 
-def test_ranks_and_metrics_by_hand():
+def test_ranks_metrics_and_scores_of_runs_with_their_differences_by_hand():
     ranks = alignment.token_ranks(TOP, OWN)
     assert ranks["text"].tolist() == [0, 0, 0, 1, 1, 1] and ranks["token"].tolist() == [3, 5, 1, 0, 9, 5]
     assert ranks["length"].tolist() == [4, 4, 4, 3, 3, 3]
@@ -202,12 +198,9 @@ def test_ranks_and_metrics_by_hand():
             alignment.token_ranks(shallow, own)
     with pytest.raises(ValueError, match="same items"):
         alignment_scores({"a": ranks, "b": alignment.token_ranks(TOP, OWN[::-1])}, ks=(1,))
-
-
-def test_scores_of_runs_by_hand_and_their_differences():
-    """b finds {3, 5} of {0, 1, 3, 5, 9} (5 in one of its two texts), cut at 2 only 3; a {0, 1, 5} and {0, 1}."""
-    ranks = {"b": alignment.token_ranks(TOP, OWN), "a": alignment.token_ranks(TOP[:, ::-1], OWN)}
-    table = alignment_scores(ranks, ks=(2,), reference="b", draws=200)
+    # b finds {3, 5} of {0, 1, 3, 5, 9} (5 in one of its two texts), cut at 2 only 3; a {0, 1, 5} and {0, 1}.
+    runs = {"b": ranks, "a": alignment.token_ranks(TOP[:, ::-1], OWN)}
+    table = alignment_scores(runs, ks=(2,), reference="b", draws=200)
     assert table["run"].tolist() == ["b"] * 5 + ["a"] * 5
     assert table["metric"].tolist() == ["Hit@2", "LAR@2", "LAR", "GAR@2", "GAR"] * 2
     values = [1 / 2, 1 / 6, 1 / 3, 1 / 5, 2 / 5, 1, 1 / 3, 1 / 2, 2 / 5, 3 / 5]

@@ -11,21 +11,16 @@ import torch
 from tiny_models import SENTENCES, build_tokenizer, tiny_backbone
 
 from benchmarks import gpu, gpu_cost, gpu_parity
-from lib.core.encoder import SentenceEncoder
-from lib.core.token_prepending import TokenPrepending
+from lib import SentenceEncoder, TokenPrepending
 from lib.report.settings import Setting
 from lib.studies import cost
 from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, SAME, TP, TP_EXIT
 
 SETTING = Setting(TokenPrepending(1, 2), 3)
 SETTINGS = {"prompteol": SETTING, "ck": SETTING}
-ENCODERS = {  # prompt, TP, exit layer, pooling
-    "baseline, last layer": ("prompteol", None, -1, None),
-    "TP": ("prompteol", TokenPrepending(1, 2), 3, None),
-    "two templates": ("ck", TokenPrepending(0, 2), 2, None),
-    "sentence twice": ("echo", None, 4, None),
-    "no prompt": ("none", None, 3, "mean"),
-}
+ENCODERS = [  # prompt, TP, exit layer, pooling
+    ("prompteol", None, -1, None), ("echo", None, 4, None), ("none", None, 3, "mean"),
+    ("prompteol", TokenPrepending(1, 2), 3, None), ("ck", TokenPrepending(0, 2), 2, None)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +47,16 @@ def padded_tokens(encoder: SentenceEncoder, batch_size: int | None, prefixes: bo
     """Tokens that a run puts through the first block, from the lengths of its rows."""
     total = 0
     for part in encoder.passes(SENTENCES, batch_size):
-        lengths = [len(row) - part.rows.prefix for row in part.rows.ids]
-        total += sum(len(batch) * max(lengths[i] for i in batch) for batch in part.batches)
-        total += part.rows.prefix * prefixes
+        lengths, prefix = [len(row) for row in part.rows.ids], part.rows.prefix
+        total += sum(len(batch) * (max(lengths[i] for i in batch) - prefix) for batch in part.batches)
+        total += prefix * prefixes
     return total
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_a_run_does_its_passes_and_a_prepared_one_computes_the_embeddings_without_prefixes(kind):
+@pytest.mark.parametrize("choices", ENCODERS)
+def test_a_run_does_its_passes_and_a_prepared_one_computes_the_embeddings_without_prefixes(choices):
     backbone = tiny_backbone()
-    encoder = SentenceEncoder(backbone, *ENCODERS[kind])
+    encoder = SentenceEncoder(backbone, *choices)
     embeddings = encoder.encode(sorted(SENTENCES, key=lambda text: (-len(text), text)))  # longest first
     for batch_size in (None, 1, 3):
         with cost.count_tokens(backbone) as counted:
@@ -76,14 +71,12 @@ def test_a_run_does_its_passes_and_a_prepared_one_computes_the_embeddings_withou
 
 
 def test_peak_memory_sees_what_is_alive_at_a_time():
-    device, million = torch.device("cpu"), 1_000_000
-    with cost.peak_memory(device) as in_turn:
+    with cost.peak_memory(torch.device("cpu")) as in_turn:
         for _ in range(3):
-            torch.ones(5 * million).sum()
-    assert in_turn["bytes"] == pytest.approx(20e6, rel=0.01)
-    with cost.peak_memory(device) as together:
-        kept = [torch.ones(5 * million) for _ in range(3)]
-    assert together["bytes"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.01)
+            torch.ones(5_000_000).sum()
+    with cost.peak_memory(torch.device("cpu")) as together:
+        kept = [torch.ones(5_000_000) for _ in range(3)]
+    assert [peak["bytes"] for peak in (in_turn, together)] == pytest.approx([20e6, 20e6 * len(kept)], rel=0.01)
 
 
 def test_time_is_booked_where_it_went(monkeypatch):
@@ -98,10 +91,10 @@ def test_time_is_booked_where_it_went(monkeypatch):
         OTHER: 0.15})
     names = [name for operations in OPERATIONS.values() for name in operations.split()]
     assert len(names) == len(set(names)), "no operation is in two groups"
-    shares = cost.time_shares(tiny_backbone(), rows, SENTENCES[:1], SENTENCES).set_index(["run", "group"])["share"]
-    sums, own = shares.groupby("run", sort=False).sum(), shares.xs(PYTHON, level="group")
-    assert list(sums.index) == [f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)]
-    assert sums.tolist() == pytest.approx([1] * 4) and (own > 0).all()
+    shares = cost.time_shares(tiny_backbone(), rows, SENTENCES[:1], SENTENCES).pivot(
+        index="run", columns="group", values="share")
+    assert {*shares.index} == {f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)}
+    assert shares.sum(axis=1).tolist() == pytest.approx([1] * 4) and (shares[PYTHON] > 0).all()
 
 
 def test_contenders_of_the_two_protocols():
@@ -164,8 +157,7 @@ def test_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, no_data):
     families = ("llama", "opt_narrow")
     monkeypatch.setattr(gpu_parity, "FAMILIES", families)
     build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    options = ["--tiny", f"--tokenizer={tmp_path / 'tokenizer'}", "--models", f"--folder={tmp_path}"]
-    assert gpu.main(options) == 0
+    assert gpu.main(["--tiny", f"--tokenizer={tmp_path / 'tokenizer'}", "--models", f"--folder={tmp_path}"]) == 0
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path / "none")
     assert cost.gpu_results() == []
     monkeypatch.setattr(cost, "GPU_RESULTS", tmp_path)
@@ -183,9 +175,7 @@ def test_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, no_data):
     paths = read["reference"]
     assert paths["path"].tolist() == ["reference", "ours"] * 2
     assert (paths.groupby("prompt")["TFLOP"].first() > paths.groupby("prompt")["TFLOP"].last()).all()
-
-
-def test_an_embedding_that_differs_on_the_device_is_named():
+    # What differs on the device is named.
     rows = [("llama", "float32", 1e-7, 2e-5), ("llama", "bfloat16", 1e-3, None)]
     table = pd.DataFrame(rows, columns=["model", "dtype", "baseline", "TP"])
     assert gpu_parity.too_far(table) == ["llama, float32, TP: 1 - cosine 2.0e-05"]

@@ -53,8 +53,7 @@ RETRIEVAL = {  # the files of a retrieval set
         {"_id": "d3", "text": ""}, {"_id": "q1", "title": None, "text": "what lifts, in Zürich?"}),
     "queries.jsonl": lines(
         {"_id": "q1", "text": "what lifts"}, {"_id": "q2", "text": "heat"}, {"_id": "q3", "text": "not judged"}),
-    QRELS: judgements(("q1", "d1", "3"), ("q2", "d2", "1"), ("q2", "d3", "0")),
-}
+    QRELS: judgements(("q1", "d1", "3"), ("q2", "d2", "1"), ("q2", "d3", "0"))}
 HUB_QRELS = lines(*({"query-id": q, "corpus-id": d, "score": s} for q, d, s in (("q1", "d1", 3.0), ("q2", "d2", 1))))
 
 
@@ -72,18 +71,19 @@ def good_files(task):
     return found or RETRIEVAL
 
 
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def put(folder, files):
+    """Write files, path -> content; those whose content is None are not there afterwards."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).unlink(missing_ok=True)
+        if content is not None:
+            (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def load_written(folder, task, files, rows=ANY, **known):
-    """Write the files of a good set, `files` (None: not there) in place of theirs, and load it. `rows`, of each split,
-    and `known`, of a retrieval set, are what it has to have; by default whatever it has."""
-    for path, content in (good_files(task) | files).items():
-        (folder / path).unlink(missing_ok=True)
-        if content is not None:
-            put(folder / path, content)
+    """Write the files of a good set, with `files` in place of theirs, and load it. `rows`, of each split, and `known`,
+    of a retrieval set, are what it has to have; by default whatever it has."""
+    put(folder, good_files(task) | files)
     source = DataSource("sample" if task in ("sample", *SAMPLE_TASKS) else "folder", folder)
     with pytest.MonkeyPatch.context() as patch:
         if task == "beir":
@@ -111,8 +111,7 @@ def test_only_a_line_feed_ends_a_line_and_quotes_are_text(tiny):
     line = f'forum\tf.txt\t2020\t7\t3.4\t{odd}\tb "c" d'
     data = tiny("STS-B", {STSB: f"{line}\tlicence\tmore\n{line}\n"})
     assert data.rows[0] == {"subset": "forum", "sentence1": odd, "sentence2": 'b "c" d', "score": 3.4} == data.rows[1]
-    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    data = tiny("MRPC", {MRPC: header + '1\t1\t2\t" He said\tHe " said\n'})
+    data = tiny("MRPC", {MRPC: '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\t" He said\tHe " said\n'})
     assert data.rows[0] == {"split": "train", "sentence1": '" He said', "sentence2": 'He " said', "label": 1}
     data = tiny("MR", {"MR/rt-polarity.pos": b"caf\xe9 \x85 x\x0b\x0c\x1cy\r\nnext"})  # latin-1, as SentEval reads it
     assert data["sentence1"] == ["caf\u00e9 \u0085 x\x0b\x0c\x1cy", "next", "a b", "a b"]
@@ -142,8 +141,7 @@ def test_both_sizes_of_sst2_are_right_and_the_provenance_says_which(tiny):
         assert tiny("SST2", files, rows=[2, 5]).provenance == {
             "task": "SST2", "splits": {"train": size, "dev": size, "test": size}, "rows": 3 * size,
             "rows_total": 3 * size, "caps": [], "source": {"kind": "folder", "label": "real data"},
-            "files": {path: hashlib.sha256(content.encode()).hexdigest() for path, content in files.items()},
-        }
+            "files": {path: hashlib.sha256(content.encode()).hexdigest() for path, content in files.items()}}
 
 
 def test_of_retrieval_sets_titles_are_joined_documents_excluded_and_what_lacks_counted_or_left_out(tiny):
@@ -179,8 +177,7 @@ MALFORMED = {  # data set, file, its content, what the message says after its na
     "lists in lists": ("beir", "queries.jsonl", "[" * 100_000, ", line 1: expected a JSON object"),
     "empty query": ("beir", "queries.jsonl", lines({"_id": "q1", "text": " "}), ", line 1: expected a text"),
     "half a grade": ("beir", QRELS, RETRIEVAL[QRELS] + "q1\td2\t0.5\n", ", line 5: expected a whole score from 0"),
-    "judged twice": ("beir", QRELS, RETRIEVAL[QRELS] + "q1\td1\t1\n", ", line 5: expected a pair that no line before"),
-}
+    "judged twice": ("beir", QRELS, RETRIEVAL[QRELS] + "q1\td1\t1\n", ", line 5: expected a pair that no line before")}
 
 
 @pytest.mark.parametrize("task, path, content, message", MALFORMED.values(), ids=MALFORMED)
@@ -194,8 +191,7 @@ def test_unknown_names_list_what_exists():
     for load, arguments, exists in (
         (load_sts, ("STSB", "test", real), "STS12, .*STS-B, SICK-R"), (load_beir, ("trec",), "cranfield, msmarco"),
         (load_sts, ("STS-B", "validation", real), "train, dev, test"),
-        (load_sts, ("STS-B", "train", SAMPLE), "dev, test"), (load_transfer, ("MR", SAMPLE), "sentiment, .*paraphrase"),
-    ):
+        (load_sts, ("STS-B", "train", SAMPLE), "dev, test"), (load_transfer, ("MR", SAMPLE), "sentiment, .*phrase")):
         with pytest.raises(ValueError, match=f"choose from {exists}"):
             load(*arguments)
 
@@ -260,7 +256,7 @@ def test_samples_are_nested_and_are_the_same_whatever_was_drawn_before(count, si
     assert set(odd.first(sizes[0])["row"]) >= {row for row in first["row"] if row % 2}
 
 
-def test_a_sample_is_the_same_everywhere_and_every_data_set_has_its_own():
+def test_a_sample_is_the_same_everywhere_is_each_data_set_s_own_and_says_in_its_provenance_what_it_is():
     data = made_up(200)
     assert data.first(5)["row"] == [33, 61, 79, 117, 191]  # in every version of this package and of numpy
     assert data.first(50)["row"] != made_up(200, "another").first(50)["row"] != made_up(201).first(50)["row"]
@@ -269,9 +265,6 @@ def test_a_sample_is_the_same_everywhere_and_every_data_set_has_its_own():
         data.first(0)
     with pytest.raises(ValueError, match="The mask has 2 values, made up has 200 rows"):
         data.where([True, False], "too short")
-
-
-def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are():
     genres = ["b"] * 30 + ["a"] * 4 + ["c"] * 40 + ["b"] * 30
     data, caps = made_up(len(genres), text=genres), [{"first": 10, "within": "text"}]
     few, more = data.first(10, within="text"), data.first(12, within="text")
@@ -279,9 +272,8 @@ def test_samples_within_a_column_and_parts_say_in_their_provenance_what_they_are
     assert more.first(10, within="text")["row"] == few["row"]
     assert few.provenance == {"rows": 24, "caps": caps} and data.provenance["caps"] == []
     assert few.first(5).provenance["caps"] == [*caps, {"first": 5}] and data.first(60, within="text") is data
-    mask = [row in (1, 30) for row in data["row"]]
-    for rows in (mask, np.array(mask), pd.Series(mask)):
-        part = data.where(rows, "of interest")
+    for kind in (list, np.array, pd.Series):
+        part = data.where(kind([row in (1, 30) for row in data["row"]]), "of interest")
         assert part.texts == ["b", "a"] and part.provenance == {"rows": 2, "caps": [{"where": "of interest"}]}
 
 
@@ -325,8 +317,7 @@ def test_the_sample_stands_in_for_retrieval_sets_only_if_none_can_be_had(monkeyp
         found, reasons = load_beir_sets(["cranfield", "fiqa"])
     assert list(found) == ["sample"] and list(reasons) == ["cranfield", "fiqa"]
     assert "the hub (not there)" in reasons["cranfield"] and "go online" in reasons["fiqa"]
-    for name, content in RETRIEVAL.items():
-        put(tmp_path / "beir" / "tiny" / name, content)
+    put(tmp_path / "beir" / "tiny", RETRIEVAL)
     monkeypatch.setitem(retrieval.SETS, "tiny", {"documents": 4, "queries": 2, "judgements": 3})
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path))
     found, reasons = load_beir_sets(["tiny", "fiqa"])
@@ -407,26 +398,26 @@ def test_a_set_of_files_is_downloaded_once_and_whole_or_not_at_all(hub, monkeypa
 
 FULL_DISK = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
 # What went wrong at a hub that answers: what brings it about, and what the message says.
-FAILURES = {
-    "a file that is gone": (lambda hub, patch: hub.files.pop("senteval.tar"), "404"),
-    "a typo": (lambda hub, patch: patch.setenv("HF_ENDPOINT", "typo"), "http"),
-    "wrong hash": (lambda hub, patch: hub.stated.update({"senteval.tar": "0" * 64}), "hash of senteval.tar .*deleted"),
-    "full disk": (lambda hub, patch: patch.setattr(sources, "hf_hub_download", FULL_DISK), "No space left"),
-}
-FAILURES |= {mode: (lambda hub, patch, mode=mode: setattr(hub, "mode", mode), status) for mode, status in (
-    ("404", "404"), ("500", "500"), ("GET fails", "403"), ("page", "could not be downloaded"))}
-FAILURES |= {text: (lambda hub, patch, tar=tar: hub.files.update({"senteval.tar": tar}), text) for text, tar in (
-    ("opened", b"no tar at all"), ("no folder 'STS'", tar_of(("GLUE/x", "y"))), ("escaped", tar_of(("../escaped", ""))),
-    ("link", tar_of((STSB, ""), ("STS/link", "", tarfile.SYMTYPE, "../../escaped"))),
-    ("STS/hard", tar_of((STSB, ""), ("STS/hard", "", tarfile.LNKTYPE, STSB))),
-    ("STS/pipe", tar_of((STSB, ""), ("STS/pipe", "", tarfile.FIFOTYPE, ""))))}
+BAD_HUBS = [
+    (lambda hub, patch: hub.files.pop("senteval.tar"), "404"),
+    (lambda hub, patch: patch.setenv("HF_ENDPOINT", "typo"), "http"),
+    (lambda hub, patch: hub.stated.update({"senteval.tar": "0" * 64}), "hash of senteval.tar .*deleted"),
+    (lambda hub, patch: patch.setattr(sources, "hf_hub_download", FULL_DISK), "No space left"),
+    *((lambda hub, patch, mode=mode: setattr(hub, "mode", mode), said) for mode, said in (
+        ("404", "404"), ("500", "500"), ("GET fails", "403"), ("page", "could not be downloaded")))]
+BAD_TARS = {
+    "opened": b"no tar at all", "no folder 'STS'": tar_of(("GLUE/x", "y")), "escaped": tar_of(("../escaped", "")),
+    "link": tar_of((STSB, ""), ("STS/link", "", tarfile.SYMTYPE, "../../escaped")),
+    "STS/hard": tar_of((STSB, ""), ("STS/hard", "", tarfile.LNKTYPE, STSB)),
+    "STS/pipe": tar_of((STSB, ""), ("STS/pipe", "", tarfile.FIFOTYPE, ""))}
+BAD_HUBS += [(lambda hub, _, tar=tar: hub.files.update({"senteval.tar": tar}), said) for said, tar in BAD_TARS.items()]
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_hub_that_answers_badly_is_an_error_and_never_the_sample(hub, monkeypatch, tmp_path, failure):
+@pytest.mark.parametrize("go_wrong, said", BAD_HUBS)
+def test_a_hub_that_answers_badly_is_an_error_and_never_the_sample(hub, monkeypatch, tmp_path, go_wrong, said):
     with monkeypatch.context() as patch:
-        FAILURES[failure][0](hub, patch)
-        with pytest.raises(DownloadError, match=f"{FAILURES[failure][1]}.*put the files there by hand") as caught:
+        go_wrong(hub, patch)
+        with pytest.raises(DownloadError, match=f"{said}.*put the files there by hand") as caught:
             find_source()
     assert not isinstance(caught.value, sources.HubUnreachableError) and sources.hub_unreachable is None
     assert not (sources.DATA / "downloads" / "senteval").exists() and not list(tmp_path.rglob("escaped*"))
@@ -463,10 +454,9 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
     def stop_halfway(self, path, **_):
         self.extract(self.getmembers()[0], path, filter="data")
         raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tarfile.TarFile, "extractall", stop_halfway)
-        with pytest.raises(KeyboardInterrupt):
-            find_source()
+        find_source()
     assert not (sources.DATA / "downloads" / "senteval").exists()
     assert (find_source().path / "SICK" / "readme.txt").is_file() and hub.sent("senteval.tar") == 1
     assert [p.name for p in (sources.DATA / "downloads").iterdir() if p.is_dir()] == ["senteval"]
@@ -474,7 +464,7 @@ def test_an_interrupted_unpacking_is_not_trusted_and_goes_well_the_next_time(hub
 
 def test_str2022_is_read_as_pairs_or_refused(tmp_path, monkeypatch):
     def load(content):
-        put(tmp_path / "str-2022" / texts.STR2022_FILE, content)
+        put(tmp_path / "str-2022", {texts.STR2022_FILE: content})
         return texts.load_str2022()
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(texts, "STR2022_ROWS", 2)
@@ -485,8 +475,7 @@ def test_str2022_is_read_as_pairs_or_refused(tmp_path, monkeypatch):
     endless = 'PairID,Text,Score\n1,"a\nb,0.5\n' + "2,a text of thirty-two characters.,0.5\n" * 5_000
     for content, message in (
         (good.replace("0.5", "1.5"), "pair 1: expected from 0 to 1"), (endless, "pair 1: expected a table with"),
-        (good.replace("One.\nTwo.", "One."), "pair 2: expected two sentences"), ("", "found 0 pairs, expected 2"),
-    ):
+        (good.replace("One.\nTwo.", "One."), "pair 2: expected two sentences"), ("", "found 0 pairs, expected 2")):
         with pytest.raises(DataError, match=f"{texts.STR2022_FILE}.*{message}"):
             load(content)
 

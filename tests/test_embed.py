@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_models import SENTENCES, tiny_backbone
+from tiny_models import SENTENCES, save_tiny, tiny_backbone
 
 from lib import embed
 from lib.core.encoder import SentenceEncoder
@@ -17,9 +17,7 @@ TEXTS = [f"{sentence} {i}" for i in range(3) for sentence in SENTENCES]
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "CHUNK", 4)
-    tiny_backbone().model.save_pretrained(tmp_path / "model")
-    tiny_backbone().tokenizer.save_pretrained(tmp_path / "model")
-    return ["--model", str(tmp_path / "model"), "--dtype", "float32", "--prompt", "ke"]
+    return ["--model", str(save_tiny(tmp_path / "model")), "--dtype", "float32", "--prompt", "ke"]
 
 
 def write(folder, kind: str):

@@ -7,17 +7,18 @@ from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, assert_same, build_tokenizer, randomise, tiny_backbone, untouched
+from tiny_models import FAMILIES, assert_same, build_tokenizer, random_model, randomise, save_tiny, tiny_backbone
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 
-from lib import EmbeddingStore, ModelNotFoundError, SentenceEncoder, TokenPrepending, load_backbone
+from lib import EmbeddingStore, SentenceEncoder, TokenPrepending, load_backbone
 from lib.core import embedders
-from lib.core.backbone import UnsupportedModelError
+from lib.core.backbone import ModelNotFoundError, UnsupportedModelError
 from lib.core.embedders import EMBEDDERS, Entry, embedder_of, embedder_table, load_embedder, status
 from lib.evaluation.alignment import decode_logits
 
@@ -33,15 +34,8 @@ def load(name: str, folder, base=None, backbone=None, store=None, dtype="float32
     return load_embedder(entry, dtype, "cpu", backbone, store)
 
 
-def save(folder, *parts):
-    for part in parts:
-        part.save_pretrained(folder)
-    return folder
-
-
 def saved(folder, family: str, part: str = "model"):
-    """The folder of a tiny model; the part "base" is without its head, as many checkpoints are."""
-    return save(folder / f"{family}{part}", getattr(tiny_backbone(family), part), tiny_backbone(family).tokenizer)
+    return save_tiny(folder / f"{family}-{part}", family, part)
 
 
 def lora(folder, family: str, part: str = "model", seed: int = 1):
@@ -52,7 +46,8 @@ def lora(folder, family: str, part: str = "model", seed: int = 1):
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
-    return str(save(folder / f"lora{seed}", model)), model.eval()
+    model.save_pretrained(folder / f"lora{seed}")
+    return str(folder / f"lora{seed}"), model.eval()
 
 
 @torch.inference_mode()
@@ -66,7 +61,6 @@ def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypat
     def gated(repo):
         if repo.startswith("meta-llama"):
             raise GatedRepoError("403: the licence is to be accepted\nmore", response=MagicMock())
-
     silent, cached = Mock(side_effect=OSError("no way")), {("facebook/opt-1.3b", "pytorch_model.bin")}
     monkeypatch.setattr(embedders, "_silence", [])
     monkeypatch.setattr(embedders, "auth_check", gated)
@@ -91,10 +85,8 @@ def test_the_table_says_what_may_be_had_and_a_silent_hub_is_asked_once(monkeypat
 def test_gpt_neo_weighted_mean_in_brackets_that_are_tokens_of_their_own(tmp_path):
     base, tokenizer = saved(tmp_path, "gpt_neo"), tiny_backbone("gpt_neo").tokenizer
     embedder = load("sgpt_msmarco", saved(tmp_path, "gpt_neo", "base"), base)
-
     def weighted(states, ids):
         return torch.arange(1.0, len(ids) + 1) / sum(range(len(ids) + 1)) @ states
-
     for encoder, frame in ((embedder.query, "[]"), (embedder.document, "{}")):
         before, after = tokenizer.convert_tokens_to_ids(list(frame))
         rows = [[before, *tokenizer(text)["input_ids"], after] for text in TEXTS]
@@ -116,9 +108,9 @@ def test_opt_decodes_to_its_next_token_logits_and_shares_the_baseline_s_store(tm
     assert files and files == set(store.iterdir())
 
 
-def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
+def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path, monkeypatch):
     (folder, model), base = lora(tmp_path, "llama"), load_backbone(str(saved(tmp_path, "llama")), "float32", "cpu")
-    with untouched(base):
+    with tiny_models.untouched(base):
         embedder = load("llama_eol_cse", base.name, backbone=base, adapters=(folder,))
     assert embedder.decoder is base and embedder.query.backbone.unembedding is base.unembedding
     ours = embedder.query.encode(["A man."])
@@ -128,31 +120,24 @@ def test_llama_with_a_merged_lora_and_the_backbone_s_unembedding(tmp_path):
     assert_same(embedder.changed(method=TP).query.encode("A man eats."), expected)
     with pytest.raises(ValueError, match="is decoded by .*, not by tiny-llama"):
         load("opt_eol", base.name, backbone=tiny_backbone("llama"))
-
-
-def test_the_embedder_of_a_backbone(tmp_path, monkeypatch):
-    folder, asked = lora(tmp_path, "llama")[0], []
-    base = load_backbone(str(saved(tmp_path, "llama")), "float32", "cpu")
+    # The embedder of a backbone is PromptEOL with the adapter that is trained here, if there is one.
+    prompteol, asked, store = embedder_of(base), [], EmbeddingStore(tmp_path, fresh_since=5.0)
+    assert prompteol.name == "prompteol" and prompteol.query.backbone is prompteol.decoder is base
     entry = Entry("ours", base.name, base.name, ("here",), query="prompteol", trained_here=True)
     monkeypatch.setitem(EMBEDDERS, "ours", entry)
-    prompteol = embedder_of(base)
-    assert prompteol.name == "prompteol" and prompteol.query.backbone is prompteol.decoder is base
-    store = EmbeddingStore(tmp_path, fresh_since=5.0)
     found = embedder_of(base, store=store, trained=lambda *arguments: asked.append(arguments) or folder)
     assert found.name == "ours" and found.query.backbone is not base and asked == [(base, 5.0)]
-    merged = load_embedder(replace(entry, adapters=(folder,), trained_here=False), backbone=base)
-    np.testing.assert_array_equal(found.query.encode("A man."), merged.query.encode("A man."))
+    np.testing.assert_array_equal(found.query.encode("A man."), ours[0])
 
 
 @pytest.mark.parametrize("closes", [False, True])
 def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
     model, tokenizer = tiny_backbone("mistral").model, tiny_backbone("mistral").tokenizer
-    folder = saved(tmp_path, "mistral", "base")
+    folder, closing = saved(tmp_path, "mistral", "base"), build_tokenizer("bytes")
     if closes:  # a tokenizer that closes every text itself
-        closing = build_tokenizer("bytes")
         end = [("</s>", closing.convert_tokens_to_ids("</s>"))]
         closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=end)
-        folder = save(tmp_path, tiny_backbone("mistral").base, closing)
+        closing.save_pretrained(folder)
     embedder = load("e5_mistral", folder, saved(tmp_path, "mistral"))
     for encoder, head in ((embedder.query, f"Instruct: {TASK}\nQuery: "), (embedder.document, "")):
         rows = [[*tokenizer(head + text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
@@ -163,14 +148,13 @@ def test_e5_mistral_reads_one_closing_token_and_has_length_1(tmp_path, closes):
 @pytest.mark.parametrize("name, role, head, tail", [
     ("gritlm", "query", "<|user|>\nGiven a scientific paper title, retrieve the paper's abstract\n<|embed|>\n", ""),
     ("gritlm", "document", "<|embed|>\n", ""), ("llm2vec_mistral_sup", "query", f"[INST] {TASK}: ", " [/INST]"),
-    ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]"),
-])
+    ("llm2vec_mistral_sup", "document", "[INST] ", " [/INST]")])
 def test_bidirectional_mistral_mean_from_the_sentence_on(tmp_path, kind, name, role, head, tail):
     options = FAMILIES["mistral"][1] | {"sliding_window": None}  # as Mistral-7B-Instruct-v0.2
-    config = transformers.AutoConfig.for_model("mistral", vocab_size=416, **options)
-    model, tokenizer = transformers.AutoModelForCausalLM.from_config(config).eval(), build_tokenizer(kind)
-    randomise(model)
-    encoder, expected = getattr(load(name, save(tmp_path, model, tokenizer), adapters=()), role), []
+    model, tokenizer = random_model("mistral", **options).eval(), build_tokenizer(kind)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder, expected = getattr(load(name, tmp_path, adapters=()), role), []
     for text in TEXTS:
         row = tokenizer(head + text + tail, return_offsets_mapping=True)
         first = next(i for i, (_, end) in enumerate(row["offset_mapping"]) if end > len(head))
@@ -206,19 +190,18 @@ PIECES = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORD
 def bert(folder, kind: str = "BertForMaskedLM", model_type: str = "bert", **options):
     """A tiny model of BERT's kind: its folder and the model."""
     options |= {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = getattr(transformers, kind)(transformers.AutoConfig.for_model(model_type, **options)).eval()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return save(folder / kind, model, PIECES), model
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    model = randomise(getattr(transformers, kind)(config).eval(), seed=3)
+    model.save_pretrained(folder / kind)
+    PIECES.save_pretrained(folder / kind)
+    return folder / kind, model
 
 
 @pytest.mark.parametrize("name, role, head", [
     ("contriever", "query", ""), ("mpnet", "query", ""), ("e5", "query", "query: "), ("e5", "document", "passage: ")])
 def test_mean_over_all_tokens(tmp_path, name, role, head):
     folder, model = bert(tmp_path, "MPNetForMaskedLM", "mpnet") if name == "mpnet" else bert(tmp_path)
-    rows = PIECES([head + text for text in TEXTS])["input_ids"]
-    expected = read(model, rows, lambda states, _: states.mean(0))
+    expected = read(model, PIECES([head + text for text in TEXTS])["input_ids"], lambda states, _: states.mean(0))
     ours, half = (getattr(load(name, folder, dtype=kind), role).encode(TEXTS) for kind in ("float32", "float16"))
     assert_same(ours, expected if name == "contriever" else normalize(expected, dim=1))
     assert torch.cosine_similarity(torch.from_numpy(half), expected).min() > 0.9999
@@ -243,7 +226,7 @@ def test_bert_pooler_and_dpr_read_the_first_token_by_weights_from_the_checkpoint
         assert_same(encoder.encode(TEXTS), torch.cat([model(torch.tensor([row])).pooler_output for row in rows]))
     with pytest.raises(ValueError, match="works on the last state only"):
         encoder.encode_layers(TEXTS, [1])
-    with pytest.raises(UnsupportedModelError, match="lacks 2 weights of BertModel: pooler"):
+    with pytest.raises(UnsupportedModelError, match="lacks 2 weights of BertModel, such as pooler"):
         load("simcse", masked)
     folder, model = bert(tmp_path, "DPRContextEncoder", "dpr", projection_dim=0)
     for layer, embeddings in load("spider", folder, masked).query.encode_layers(TEXTS, [1, -1]).items():

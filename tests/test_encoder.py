@@ -23,7 +23,7 @@ SENTENCES = [*tiny_models.SENTENCES, "No.", "The stock market fell by 3.5 percen
 
 def test_clean_sentence():
     cleaned = {
-        "A man is eating": "A man is eating.", "He is.": "He is.", "Is he here??": "Is he here?.", " \n": "", "?": ".",
+        "He is eating": "He is eating.", "He is.": "He is.", "Is he here??": "Is he here?.", " \n": "", "?": ".",
         "He is!": "He is!.", "(aside)": "(aside).", 'He said "no"': "He said 'no'", 'He said "no': "He said 'no.",
         "the dogs'": "the dogs'", '"': "'", "  many \t spaces\nand lines ": "many spaces and lines."}
     assert {sentence: clean_sentence(sentence) for sentence in cleaned} == cleaned
@@ -88,13 +88,12 @@ def test_a_progress_bar_is_shown_for_many_sentences_or_when_asked_for(backbone, 
         assert ("prompteol" in capsys.readouterr().err) == shown, (count, show)
 
 
-@pytest.mark.parametrize("sentences, message", [
-    ([], "empty"), (["No.", 7], "Sentence 1 is int.*7"), ([None], "Sentence 0 is NoneType"), (None, "not iterable")])
-def test_bad_sentences_are_refused(backbone, passes, sentences, message):
+def test_bad_sentences_are_refused(backbone, passes):
     encoder = SentenceEncoder(backbone)
-    with pytest.raises(TypeError if sentences != [] else ValueError, match=message):
-        encoder.encode(sentences)
-    with pytest.raises(TypeError, match="got one string"):  # and not four embeddings of one letter each
+    for sentences, message in (([], "empty"), (["No.", 7], "Sentence 1 is int.*7"), (None, "not iterable")):
+        with pytest.raises(TypeError if sentences != [] else ValueError, match=message):
+            encoder.encode(sentences)
+    with pytest.raises(TypeError, match="got a str"):  # and not four embeddings of one letter each
         encoder.encode_layers("Nope", [1])
     with pytest.raises(ValueError, match="batch_size.*0"):
         encoder.encode(["No."], batch_size=0)
@@ -106,8 +105,7 @@ def test_bad_sentences_are_refused(backbone, passes, sentences, message):
     ({"pooling": "max"}, "'max'.*last, mean, weighted_mean"),
     *(({"exit_layer": n}, rf"Layer {n} does not exist.*0\.\.{LAYERS}") for n in (LAYERS + 1, -LAYERS - 2)),
     ({"prompt": "echo", "method": TP}, "'echo'"), ({"prompt": "ke", "max_length": 20}, "max_length=20"),
-    ({"prompt": Prompt("own", ("<PST> {sentence}",))}, "needs a method"),
-])
+    ({"prompt": Prompt("own", ("<PST> {sentence}",))}, "needs a method")])
 def test_bad_choices_are_refused(backbone, choices, message):
     with pytest.raises(ValueError, match=message):
         SentenceEncoder(backbone, **choices).encode("No.")
@@ -135,8 +133,7 @@ ODD = ["The rewritten sentence: a", "日本 ☃", " spaces ", PROMPTS["echo"].te
     (PROMPTS["none"], "bytes", SENTENCES + ODD),
     *((PROMPTS["echo"], kind, SENTENCES + ODD) for kind in tiny_models.KINDS),
     *((JOINED, "bytes", sentences) for sentences in (["one"], ["sentence one", "sentence two"], ["one", "two", "(3)"])),
-    (dataclasses.replace(JOINED, before=("[",), after=("]", "</s>")), "bytes", SENTENCES),
-])
+    (dataclasses.replace(JOINED, before=("[",), after=("]", "</s>")), "bytes", SENTENCES)])
 def test_poolings_against_numpy(prompt, kind, sentences, pooling, share_prefix):
     """Echo pools exactly the second copy of the sentence, the bare sentence all of it; unless one is given, its own."""
     backbone, (template,) = tiny_backbone("llama", kind), prompt.templates
@@ -171,7 +168,6 @@ def test_a_postprocess_is_applied_to_the_exit_layer_alone(backbone, tmp_path):
 
 class Doubled:
     """A method of one's own: the last token's state is doubled before block 2."""
-
     def describe(self):
         return {"method": "Doubled"}
 
@@ -181,14 +177,12 @@ class Doubled:
             states = block_input(args, kwargs).clone()
             states[torch.arange(len(states)), batch.last] *= 2
             return replace_input(states, args, kwargs)
-
         with backbone.layers[2].register_forward_pre_hook(double, with_kwargs=True):
             yield
 
 
 class FirstOfSentence:
     """A pooling of one's own: the state of the sentence's first token, negative."""
-
     needs_span = True
 
     def read(self, backbone, batch, layers, prefix=None):
@@ -201,11 +195,9 @@ class FirstOfSentence:
 
 def test_a_method_and_a_pooling_of_ones_own(backbone):
     encoder = SentenceEncoder(backbone, JOINED, Doubled())
-
     def change(i, h, block, args, kwargs, states):
         h[:, -1] *= 2 if i == 2 else 1
         return h, kwargs
-
     states = loop_states(backbone, prompt_ids(backbone, "one plane", prompt=JOINED), change=change)[LAYERS]
     first = first_token(backbone.tokenizer, "In one short word : one plane", "one plane")
     poolings = {"last": states[-1], "mean": states[first:].mean(0), FirstOfSentence(): -states[first]}

@@ -1,6 +1,5 @@
 """Scores of STS, transfer and retrieval and their intervals: by hand, against scipy, scikit-learn, SentEval's loss."""
 
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -17,14 +16,12 @@ from sklearn.model_selection import StratifiedKFold
 from tiny_models import tiny_backbone
 
 from lib import SentenceEncoder, TokenPrepending
-from lib.data.retrieval import RetrievalData
 from lib.data.sources import DATA, DataSource, EvaluationData
 from lib.data.transfer import load_transfer
 from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of
-from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, dense_scores, evaluate_retrieval
+from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, evaluate_retrieval
 from lib.evaluation.sts import cosine, spearman, sts_pairs, word_overlap
-from lib.evaluation.tasks import RETRIEVAL, STS, compare_suite
 from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
 
 SAMPLE = DataSource("sample", DATA / "sample")
@@ -38,8 +35,7 @@ def data_of(name: str, *rows) -> EvaluationData:
 
 PAIRS = {
     "one": data_of("one", ("x", "A dog.", "A cat.", 3.0), ("y", "The man", "A man", 4.5), ("y", "No.", "A dog.", 0.0)),
-    "two": data_of("two", ("z", "A flute", "A flute", 5.0), ("z", "A cat.", "It is cold.", 1.0)),
-}
+    "two": data_of("two", ("z", "A flute", "A flute", 5.0), ("z", "A cat.", "It is cold.", 1.0))}
 
 
 def test_pairs_at_several_layers_are_those_of_their_embeddings():
@@ -148,21 +144,19 @@ def test_nested_folds_test_every_item_once_by_a_classifier_that_has_not_seen_it(
     assert 0.3 < (classify(noise, shuffled, parts(all=80)).predicted == shuffled).mean() < 0.7
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_rare_class_is_no_obstacle_and_no_warning():
     features, labels = blobs(60)
     labels[7] = 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(classify(features, labels, parts(train=50, test=10))) == 10
-        assert len(classify(features[:30], labels[:30], parts(all=30))) == 30
+    assert len(classify(features, labels, parts(train=50, test=10))) == 10
+    assert len(classify(features[:30], labels[:30], parts(all=30))) == 30
 
 
 @pytest.mark.parametrize("labels, splits, message", [
     ("010", "all all all", "inconsistent"), ("0101", "all all train test", "got all, test"),
     ("0101", "train train dev dev", "got dev"), ("0001", "train train dev test", "one class"),
     ("0001", "train train train test", "two classes"), ("0001", "all all all all", "two classes"),
-    ("0011", "all all all all", "two classes"),
-])
+    ("0011", "all all all all", "two classes")])
 def test_what_cannot_be_fitted_is_refused(labels, splits, message):
     with pytest.raises(ValueError, match=message):
         classify(np.arange(8.0).reshape(4, 2), list(map(int, labels)), splits.split())
@@ -265,22 +259,6 @@ def test_metrics_by_hand_and_excluded_documents_leave_the_ranking_before_ranks_a
         evaluate_retrieval({"z": ["d1"]}, QRELS_BY_HAND)
 
 
-def test_dense_scores_at_several_layers_are_those_of_their_rankings():
-    texts = {"d1": "A dog.", "d2": "The street", "d3": "A flute", "q1": "A cat."}, {"q1": "A cat.", "q2": "It is cold."}
-    corpus, queries = (EvaluationData("", Dataset.from_dict({"id": [*of], "text": [*of.values()]}), {}) for of in texts)
-    data = RetrievalData("tiny", corpus, queries, {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}, {"q1": {"q1"}})
-    encoder = SentenceEncoder(tiny_backbone(), "prompteol", None, 2)
-    table = RETRIEVAL["scifact"].items(encoder, {"tiny": data}, [2, -1])
-    assert table["layer"].tolist() == [2, 2, 4, 4] and table["item"].tolist() == ["q1", "q2"] * 2
-    assert set(table["task"]) == {"tiny"}
-    dense = DenseRetriever(corpus["id"], encoder.encode(corpus["text"]))
-    ranking = dense.search(queries["id"], encoder.encode(queries["text"]))
-    pd.testing.assert_frame_equal(table.query("layer == 2")[["item", "nDCG@10", "Recall@100", "MRR@10"]],
-                                  evaluate_retrieval(ranking, data.qrels, data.excluded))
-    assert ranking["q1"][0] == "q1" and table["Recall@100"].eq(1).all()
-    pd.testing.assert_frame_equal(dense_scores(encoder, {"tiny": data}), table.query("layer == 2"))
-
-
 def run(noise: float, seed: int = 0, sizes=(("A", 50), ("B", 40))) -> pd.DataFrame:
     """Pairs of some tasks, with the same gold scores whatever the noise and the seed; `right` is 0 or 100."""
     tables = []
@@ -304,11 +282,10 @@ def test_statistics_of_a_resample_are_those_of_its_repeated_rows():
     tables = [pd.DataFrame({"gold": gold, "similarity": s, "positive": gold > 2})
               for s in (gold + generator.normal(size=25), np.round(generator.normal(size=25)))]
     repeated = [[table.loc[np.repeat(range(25), row)] for table in tables] for row in weights]
-    for statistic, by_hand in (
-        (SPEARMAN, lambda rows: 100 * spearmanr(rows["gold"], rows["similarity"]).statistic),
-        (area_under_roc, lambda rows: roc_auc_score(rows["positive"], rows["similarity"])),
-        (mean_of("gold"), lambda rows: rows["gold"].mean()),
-    ):
+    for statistic, by_hand in {
+        SPEARMAN: lambda rows: 100 * spearmanr(rows["gold"], rows["similarity"]).statistic,
+        area_under_roc: lambda rows: roc_auc_score(rows["positive"], rows["similarity"]),
+        mean_of("gold"): lambda rows: rows["gold"].mean()}.items():
         expected = [[by_hand(rows) for rows in of_draw] for of_draw in repeated]
         np.testing.assert_allclose(statistic.function(tables, weights), expected, atol=1e-9)
 
@@ -337,9 +314,10 @@ def test_intervals_of_a_distinct_share_are_centred_on_the_measured_value():
     np.testing.assert_allclose(distinct_share.function([table], weights)[:, 0], shares, rtol=1e-6)
 
 
-def test_columns_and_rows():
-    runs = {"base": run(1), ("TP", 3): run(2), 7: run(3)}
-    table = compare(runs, mean_of("right"), "base", ratio=True, draws=20)
+def test_columns_and_rows_and_that_differences_and_ratios_are_paired():
+    base, other = run(1), run(2)
+    runs = {"base": base, ("half", 3): base.assign(right=base["right"] / 2), 7: other}
+    table = compare(runs, mean_of("right"), "base", ratio=True, draws=200)
     kinds = [f"{kind}{end}" for kind in ("difference", "ratio") for end in ("", "_low", "_high")]
     assert list(table.columns) == ["run", "task", "value", "low", "high", *kinds]
     assert table["run"].tolist() == [name for name in runs for _ in range(3)]
@@ -347,15 +325,9 @@ def test_columns_and_rows():
     bare = compare(runs, mean_of("right"), "base", draws=0)
     assert list(bare.columns) == ["run", "task", "value", "difference"] and bare["value"].equals(table["value"])
     assert compare({"a": run(1, sizes={"A": 9})}, SPEARMAN, draws=5)["task"].tolist() == ["A"]  # no average of one
-    means = runs[7].groupby("task")["right"].mean()
+    means = other.groupby("task")["right"].mean()
     assert bare["value"].tolist()[6:] == pytest.approx([means["A"], means["B"], means.mean()])
-
-
-def test_differences_and_ratios_are_paired():
-    base, other = run(1), run(2)
-    runs = {"base": base, "half": base.assign(right=base["right"] / 2), "other": other}
-    table = compare(runs, mean_of("right"), "base", ratio=True, draws=200)
-    own, half, rest = (table[table["run"] == name] for name in runs)
+    own, half, rest = (table.iloc[rows : rows + 3] for rows in (0, 3, 6))
     assert (own.filter(like="difference") == 0).all(axis=None) and (own.filter(like="ratio") == 1).all(axis=None)
     np.testing.assert_allclose(half.filter(like="ratio"), 0.5)
     np.testing.assert_allclose(half["difference"], -half["value"])
@@ -385,17 +357,14 @@ def test_an_interval_depends_on_the_seed_and_not_on_what_else_is_loaded_or_on_ch
     pd.testing.assert_frame_equal(compare({"b": alone["b"]}, SPEARMAN, draws=50), expected)
 
 
-@pytest.mark.parametrize("change", [
-    lambda table: table.iloc[::-1], lambda table: table.iloc[:-1], lambda table: table.assign(gold=table["gold"] + 1),
-    lambda table: table.assign(task="C"), lambda table: table.drop(columns="gold")])
-def test_runs_over_other_items_are_refused(change):
-    with pytest.raises(ValueError, match="'b' do not hold the same items"):
-        compare({"a": run(1), "b": change(run(1))}, mean_of("right"), draws=10)
-
-
-def test_what_else_is_refused_and_what_several_rows_of_an_item_may_be():
+def test_what_is_refused_and_what_a_plain_function_may_be():
+    table = run(1)
+    for other in (table.iloc[::-1], table.iloc[:-1], table.assign(gold=table["gold"] + 1), table.assign(task="C"),
+                  table.drop(columns="gold")):
+        with pytest.raises(ValueError, match="'b' do not hold the same items"):
+            compare({"a": table, "b": other}, mean_of("right"), draws=10)
     with pytest.raises(ValueError, match="no run 'plain'; choose from 'a'"):
-        compare({"a": run(1)}, SPEARMAN, "plain")
+        compare({"a": table}, SPEARMAN, "plain")
     several = pd.DataFrame({"task": "t", "item": [5, 5, 3, 3, 3], "gold": 1.0, "similarity": 2.0})
     with pytest.raises(ValueError, match="one row an item"):  # two layers, say
         compare({"a": several}, SPEARMAN, draws=10)
@@ -417,13 +386,3 @@ def test_of_a_list_of_tables_the_mean_counts_and_draws_or_runs_without_a_value_t
     few = pd.DataFrame({"task": "t", "item": range(3), "gold": [1.0, 2, 3], "similarity": [1.0, 3, 2]})
     found = compare({"a": few}, SPEARMAN, draws=200).iloc[0]
     assert found["value"] == pytest.approx(50) and (found["low"], found["high"]) == pytest.approx((-100, 100))
-
-
-def test_an_average_is_that_of_the_suite_whatever_else_is_loaded():
-    runs = {"a": run(1, sizes=dict.fromkeys([*STS, "STR-2022"], 30) | {"STR-2022": 31})}
-    found = compare_suite(STS, runs, draws=20).set_index("task")
-    assert list(found.index) == [*STS, "STR-2022", "Avg"]
-    assert found.loc["Avg", "value"] == pytest.approx(found.loc[list(STS), "value"].mean())
-    some = compare_suite(STS, {"a": runs["a"][runs["a"]["task"] != "STS13"]}, draws=20)
-    assert "Avg" not in set(some["task"])  # six of seven have no average that can stand beside the paper's
-    assert compare_suite(STS, {"a": run(1)}, draws=20)["task"].tolist() == ["A", "B", "Avg"]  # such as sample data

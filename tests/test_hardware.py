@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 import weakref
 from functools import partial
 from unittest.mock import Mock
@@ -59,8 +58,8 @@ def test_half_precision_stays_close_to_float32(family, dtype, least, choices):
 def test_sums_beyond_float16_do_not_overflow(family):
     large = with_large_activations(family)
     half = in_float16(large)
-    ids = torch.tensor([build_tokenizer()(" ".join(SENTENCES))["input_ids"]])
     with torch.inference_mode():
+        ids = build_tokenizer()(" ".join(SENTENCES), return_tensors="pt")["input_ids"]
         states = half.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert not all(torch.isfinite(state).all() for state in states), "the model is too tame for this test"
     assert_close(half, large, method=TP)
@@ -108,17 +107,17 @@ def test_out_of_memory_halves_the_batches_and_says_so(fail):
     expected = encoder.encode(sentences, batch_size=11)
     sizes = limit_memory(encoder, 3, fail)
     with pytest.warns(UserWarning, match="Out of memory") as warned:
-        actual = encoder.encode(sentences, batch_size=11)
-    assert_same(actual, expected)
+        assert_same(encoder.encode(sentences, batch_size=11), expected)
     assert sizes[:3] == [11, 6, 3] and max(sizes[3:]) <= 3, "batches that still wait are halved too"
     assert len(warned) == 2
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fail, tries", [(ON_CUDA, 3), (Mock(side_effect=RuntimeError("shapes")), 1)])
 def test_out_of_memory_with_one_sentence_and_other_errors_are_raised(fail, tries):
     encoder = SentenceEncoder(tiny_backbone())
     sizes = limit_memory(encoder, 0, fail)
-    with pytest.raises(RuntimeError), warnings.catch_warnings(action="ignore"):
+    with pytest.raises(RuntimeError):
         encoder.encode(SENTENCES)
     assert len(sizes) == tries
 

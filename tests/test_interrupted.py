@@ -10,7 +10,7 @@ import time
 
 import pytest
 from project_copy import Copy
-from tiny_models import build_tokenizer, tiny_backbone
+from tiny_models import save_tiny
 
 from lib.core.store import ROOT
 
@@ -78,8 +78,7 @@ print("killed", killed, *sorted(whole[0]))
 
 def test_killed_at_any_moment_of_a_write_it_goes_on_and_gives_the_same(tmp_path):
     copy = Copy(tmp_path)
-    tiny_backbone().model.save_pretrained(tmp_path / "model")
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     command = [sys.executable, "-c", EVERY_MOMENT]
     environment = {k: v for k, v in os.environ.items() if k != "TP_DATA_DIR"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -112,8 +111,7 @@ def test_killed_at_random_it_goes_on_and_two_runs_at_once_wait_for_each_other(un
             run.wait(timeout=moments.uniform(0, 0.5))
         run.send_signal(signal.SIGKILL)
         run.wait()
-    runs = [copy.start("01"), copy.start("01")]
-    assert [run.wait() for run in runs] == [0, 0], copy.log()[-3000:]
+    assert [run.wait() for run in [copy.start("01"), copy.start("01")]] == [0, 0], copy.log()[-3000:]
     assert "waiting for it" in copy.log()
     done = re.findall(r"^01_sts_eval +\d+ +(\d+) / (\d+)", copy.log(), re.M)
     assert int(done[0][1]) > 0, "what was stored before the kills is used"

@@ -6,23 +6,20 @@ import os
 import pickle
 import re
 import shutil
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, tiny_backbone
+from tiny_models import ROWS, assert_equals_loop, assert_same, build_tokenizer, save_tiny, tiny_backbone
 from transformers import T5Config, T5ForConditionalGeneration
 
+from lib import PROMPTS, AttentionValues, Backbone, SentenceEncoder, TokenPrepending, load_backbone
 from lib.core import bundled
-from lib.core.attention_values import AttentionValues
-from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone
+from lib.core.backbone import ModelNotFoundError, UnsupportedModelError
 from lib.core.bundled import BUNDLED, PROBE, Bundled, check_tokenizer, join_parts, keep_copy
-from lib.core.encoder import SentenceEncoder
-from lib.core.prompts import PROMPTS, clean_sentence
-from lib.core.token_prepending import TokenPrepending
+from lib.core.prompts import clean_sentence
 from lib.core.tokens import PromptTokenizer
 from lib.data.sts import load_sts
 from lib.evaluation.sts import spearman, sts_pairs
@@ -34,18 +31,10 @@ def load(folder, dtype: str = "float32", **options) -> Backbone:
     return load_backbone(str(folder), dtype, "cpu", **options)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A tiny Llama and its tokenizer as they are saved today."""
-    backbone = tiny_backbone()
-    backbone.model.save_pretrained(tmp_path / "model")
-    backbone.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(folder):
+def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_with_it_is_run(tmp_path):
     expected = SentenceEncoder(tiny_backbone(), "ke", TokenPrepending(1, 3)).encode(SENTENCES)
-    loaded, state = load(folder), tiny_backbone().model.state_dict()
+    folder, state = save_tiny(tmp_path / "model"), tiny_backbone().model.state_dict()
+    loaded = load(folder)
     assert_same(SentenceEncoder(loaded, "ke", TokenPrepending(1, 3)).encode(SENTENCES), expected)
     assert loaded.revision == "local folder" and loaded.describe()["dtype"] == "float32"
     (folder / "model.safetensors").unlink()
@@ -64,12 +53,12 @@ def test_a_model_from_a_folder_gives_the_same_embeddings_and_no_code_that_comes_
 
 
 def test_bad_models_and_arguments_are_refused(tmp_path):
-    options = {"vocab_size": ROWS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    T5Config(**options).save_pretrained(tmp_path / "t5")
+    t5 = T5Config(vocab_size=ROWS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    t5.save_pretrained(tmp_path / "t5")
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         load(tmp_path / "t5")
     with pytest.raises(UnsupportedModelError, match="tiny-t5 is an encoder-decoder"):
-        Backbone.from_model(T5ForConditionalGeneration(T5Config(**options)), build_tokenizer(), name="tiny-t5")
+        Backbone.from_model(T5ForConditionalGeneration(t5), build_tokenizer(), name="tiny-t5")
     tiny_backbone().model.config.save_pretrained(tmp_path / "no-weights")
     for folder in ("no-weights", "no-such-folder"):
         with pytest.raises(ModelNotFoundError, match=rf"Cannot load '.*{folder}'"):
@@ -137,8 +126,6 @@ def test_smollm2_says_what_it_is_and_tokenises_as_the_official_code(smollm2):
     closing = ['."', "Ġmeans", "Ġin", "Ġone", "Ġword", ':"']
     assert first == ["This", "Ġsentence", "Ġ:", "Ġ", "<PST>", 'Ġ"', "A", "Ġdog", "Ġruns", *closing] and rows.prefix == 4
     assert second[-7:] == ["Ġ", *closing]
-    plain = PromptTokenizer(smollm2.tokenizer, 512)(PROMPTS["prompteol"].templates[0], ["A dog runs."])
-    assert len(plain.ids[0]) == len(first) - 2
     text, special = "a <|im_start|>user <|im_end|><|endoftext|> <PST> end", set(smollm2.tokenizer.all_special_ids)
     assert special & set(smollm2.tokenizer(text)["input_ids"])  # which is what would happen otherwise
     rows = PromptTokenizer(smollm2.tokenizer, 512)("<PST> {sentence}", [text])
@@ -146,17 +133,14 @@ def test_smollm2_says_what_it_is_and_tokenises_as_the_official_code(smollm2):
     assert smollm2.tokenizer.decode(rows.ids[0][1:]) == f" {text}"
 
 
+@pytest.mark.filterwarnings("error")  # which would say that the prefix is not shared
 def test_smollm2_with_tp_equals_the_loop(smollm2):
-    assert smollm2.num_layers == 30 and smollm2.hidden_size == 576 and smollm2.dtype == torch.float32
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the prefix is shared
-        encoder = SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7))
-        assert_equals_loop(encoder, SENTENCES[:2], [0, 1, 2, 7, 28, 29, 30])
+    assert smollm2.hidden_size == 576 and smollm2.dtype == torch.float32
+    assert_equals_loop(SentenceEncoder(smollm2, "ke", TokenPrepending(1, 7)), SENTENCES[:2], [0, 1, 2, 7, 28, 29, 30])
 
 
 @pytest.mark.parametrize("name, blocks, added", [
-    ("smollm2", 30, "self_attn.o_proj"), ("gemma3", 18, "post_attention_layernorm"),
-])
+    ("smollm2", 30, "self_attn.o_proj"), ("gemma3", 18, "post_attention_layernorm")])
 @torch.inference_mode()
 def test_bundled_models_equal_plain_transformers(name, blocks, added, request):
     """Also the sum of what attention adds, read by hooks on the modules that are known to return it."""

@@ -47,12 +47,10 @@ def by_hand(family: str, sentence: str, name: str, start: int = 0) -> torch.Tens
     backbone, method, added = tiny_backbone(family), METHODS[name], []
     ids = prompt_ids(backbone, sentence, method)
     other = reference_change(name, ids.index(SPARE_TOKEN), len(ids) - 1) if method else lambda _, h, *rest: (h, rest[2])
-
     def change(i, h, block, args, kwargs, states):
         h, kwargs = other(i, h, block, args, kwargs, states)
         added.append(added_by_attention(family, block, h, args, kwargs))
         return h, kwargs
-
     tiny.loop_states(backbone, ids, vector=method and method.initial_vector(backbone), change=change)
     return torch.stack(added)[start:].cumsum(0)
 
@@ -96,19 +94,16 @@ def contrasted_by_hand(family: str, sentence: str, cp: ContrastivePrompting, pro
     """Layer, from 1 on -> (hidden,), by two plain calls of the model for each of the prompt's templates."""
     backbone, auxiliary = tiny_backbone(family), []
     projection = backbone.layers[cp.block].get_submodule(PROJECTION.get(family, "self_attn.o_proj"))
-
     def call(template, hook):
         ids = torch.tensor([prompt_ids(backbone, sentence, prompt=Prompt("", (template,)))])
         with projection.register_forward_pre_hook(hook):
             states = backbone.base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         return [state[0, -1] for state in states[1:]]
-
     def subtract(_, args):
         values = args[0].clone()
         rest = values[0, -1] - auxiliary[0]
         values[0, -1] = rest * (cp.strength if cp.rule == "NS" else values[0, -1].norm() / rest.norm())
         return (values,)
-
     call('The irrelevant information of this sentence : "{sentence}" means in one word:"',
          lambda _, args: auxiliary.append(args[0][0, -1].clone()))
     return [sum(states) / len(states) for states in zip(*(call(text, subtract) for text in prompt.templates))]
@@ -117,8 +112,7 @@ def contrasted_by_hand(family: str, sentence: str, cp: ContrastivePrompting, pro
 @pytest.mark.parametrize("family, options, prompt", [
     *((family, {"block": 1}, "prompteol") for family in SUPPORTED),
     *((family, {"block": 2, "rule": "NR"}, "ck") for family in ("llama", "gemma3", "gptj", "bloom")),
-    ("llama", {"block": 0, "strength": 0.5}, "ck"), ("gemma3", {"block": 3, "strength": 3.0}, "cot"),
-])
+    ("llama", {"block": 0, "strength": 0.5}, "ck"), ("gemma3", {"block": 3, "strength": 3.0}, "cot")])
 def test_contrastive_prompting_equals_two_calls_by_hand(family, options, prompt):
     encoder, cp = SentenceEncoder(tiny_backbone(family), prompt), ContrastivePrompting(**options)
     plain, found = (e.encode_layers(SENTENCES, range(1, LAYERS + 1)) for e in (encoder, encoder.changed(method=cp)))
@@ -132,8 +126,7 @@ def test_contrastive_prompting_equals_two_calls_by_hand(family, options, prompt)
 def test_no_block_is_run_in_vain_and_a_cut_sentence_is_cut_in_both_passes(backbone, passes):
     for method, pooling, layer, expected in [
         (None, AttentionValues(), 2, [1, 1, 0, 0]), (None, AttentionValues(1), LAYERS, [1, 1, 1, 1]),
-        (CP, None, LAYERS, [2, 2, 1, 1]), (ContrastivePrompting(0), None, 3, [2, 1, 1, 0]),
-    ]:
+        (CP, None, LAYERS, [2, 2, 1, 1]), (ContrastivePrompting(0), None, 3, [2, 1, 1, 0])]:
         encoder = SentenceEncoder(backbone, "cot", method, layer, pooling, share_prefix=False)
         encoder.encode("No.")  # the first call may look for the attention
         runs = []
@@ -173,8 +166,7 @@ def test_postprocesses_against_numpy_come_back_from_a_file(tmp_path, backbone):
     expected = {
         lib.MeanRemoved.fit(data, "50 texts"): data - mean, lib.MeanDirectionRemoved.fit(data, "50 texts"): rest,
         lib.ComponentRemoved.fit(data, "50 texts"): data - np.outer(data @ first, first),
-        lib.ComponentShifted(first, 2.0): data + 2 * first, lib.Normalise(): data / lengths[:, None],
-    }
+        lib.ComponentShifted(first, 2.0): data + 2 * first, lib.Normalise(): data / lengths[:, None]}
     for tau, kept in ((1, slice(0, 32)), (2, slice(8, 24)), (3, slice(11, 21)), (32, slice(15, 16))):
         expected[EmbedFilter.fit(backbone, tau)] = data @ right[kept].T
     for ours, result in expected.items():

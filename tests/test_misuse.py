@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import _LLAMA, ROWS, SENTENCES, build_tokenizer, cosines, randomise, tiny_backbone
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import _LLAMA, SENTENCES, build_tokenizer, cosines, random_model, save_tiny, tiny_backbone
+from transformers import AutoConfig
 
 from lib.core.backbone import Backbone, UnsupportedModelError, load_backbone
 from lib.core.encoder import SentenceEncoder
@@ -23,16 +23,13 @@ from lib.run import __main__ as runner
 
 def checkpoint(folder, change) -> str:
     """A tiny Llama on disk whose weights, name -> tensor, went through `change`."""
-    tiny = tiny_backbone()
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    weights = change(load_file(folder / "model.safetensors"))
+    weights = change(load_file(save_tiny(folder) / "model.safetensors"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
 BROKEN = {
-    "all under module.": (lambda w: {f"module.{key}": value for key, value in w.items()}, "has module.model"),
+    "all under module.": (lambda w: {f"module.{key}": value for key, value in w.items()}, "has module.lm_head"),
     "one block's part": (lambda w: {k: v for k, v in w.items() if "2.mlp.up" not in k}, r"layers\.2\.mlp\.up_proj"),
     "no head": (lambda w: {key: value for key, value in w.items() if not key.startswith("lm_head")}, "lm_head.weight"),
     "another size": (lambda w: w | {"model.norm.weight": torch.ones(7)}, "model.norm.weight|size"),
@@ -74,10 +71,7 @@ def test_threads_that_share_a_model_get_their_own_rows(method):
 def test_long_rope_is_cut_where_positions_would_hang_on_the_longest_row():
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0],
             "original_max_position_embeddings": 64, "rope_theta": 10000.0}
-    config = AutoConfig.for_model("phi3", vocab_size=ROWS, **_LLAMA, rope_parameters=rope)
-    config.original_max_position_embeddings = 64
-    model = AutoModelForCausalLM.from_config(config)
-    randomise(model)
+    model = random_model("phi3", **_LLAMA, rope_parameters=rope, original_max_position_embeddings=64)
     backbone = Backbone.from_model(model, build_tokenizer(), "tiny-longrope")
     assert backbone.max_length == 64
     sentences = ["A dog runs.", "the old house and the snowy field where three children run across it " * 4, "Cold."]
@@ -93,9 +87,9 @@ def test_long_rope_is_cut_where_positions_would_hang_on_the_longest_row():
 def test_models_that_count_their_states_otherwise_are_refused(kind):
     options = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "mamba2" else {}
     options |= {"attention_hidden_size": 32} if kind == "rwkv" else {"state_size": 8}
-    config = AutoConfig.for_model(kind, vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, **options)
+    model = random_model(kind, hidden_size=32, num_hidden_layers=2, **options)
     with pytest.raises(UnsupportedModelError, match="begin after the first block"):
-        Backbone.from_model(AutoModelForCausalLM.from_config(config), build_tokenizer(), f"tiny-{kind}")
+        Backbone.from_model(model, build_tokenizer(), f"tiny-{kind}")
 
 
 @pytest.mark.parametrize("error, templates, named", [

@@ -12,7 +12,6 @@ import pytest
 
 from lib.core.store import ROOT
 from lib.core.token_prepending import TokenPrepending
-from lib import colab
 from lib.run.publish import code_hash, describe
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))

@@ -111,7 +111,7 @@ def test_every_model_of_the_paper_has_a_table_a_profile_and_settings(hub, profil
 
 
 def test_the_number_that_a_laptop_can_reproduce(tmp_path):
-    """OPT under its demonstration, at the last layer, read from a folder as from the hub; beside the published score."""
+    """OPT under its demonstration, at the last layer, read from a folder as from the hub; beside the published one."""
     published = beside_paper(ICL.assign(value=67.3), sts_table("facebook/opt-125m"), "facebook/opt-125m", False)
     assert published["status"].tolist() == ["reproduced"]
     tiny = tiny_backbone("opt")

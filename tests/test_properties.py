@@ -16,11 +16,10 @@ ODD = (
     *SPECIAL, "<PST>", "<<PST>>", "<PST", "PST>", "<0x0A>", "{sentence}", '"', "'", '" means in one word:"', "?", ".",
     "", " ", "  ", "\n", "\t", "\r\n", "\x00", "\ufeff", "\u00a0", "\u2028", "\u202e", "\u200b", "▁", "Ġ", "e\u0301",
     "\uffff", "שלום עולם", "مرحبا بالعالم", "日本語", "ﷺ", "🙂", "👩‍👩‍👧", "🇳🇴", "\U0010ffff", "The plane takes off.")
-TWO = TokenPrepending(1, 3, place="in_quote", count=2)
 ENCODERS = {f"{name}, {tp}": {"prompt": name, "method": tp} for name in ("prompteol", "none") for tp in (None, TP)}
-ENCODERS |= {"echo": {"prompt": "echo"}, "two placeholders": {"prompt": "ke", "method": TWO}}
+ENCODERS |= {"two placeholders": {"prompt": "ke", "method": TokenPrepending(1, 3, place="in_quote", count=2)}}
 ENCODERS |= {"ke, mean": {"prompt": "ke", "pooling": "mean"}, "contrastive": {"method": ContrastivePrompting(1)}}
-ENCODERS |= {"attention values": {"method": TP, "pooling": AttentionValues()}}
+ENCODERS |= {"attention values": {"method": TP, "pooling": AttentionValues()}, "echo": {"prompt": "echo"}}
 
 characters = st.characters(exclude_categories=["Cs"])  # no surrogates: halves of characters, which no tokenizer takes
 anything = st.text(characters, max_size=12)

@@ -38,31 +38,26 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-class Counting:
-    """A computation that counts its calls; `of_lib` is it as a partial of a function of lib, which calls it."""
-
-    def __init__(self):
-        self.calls, self.of_lib = 0, partial(processes.from_main, self)
-
-    def __call__(self):
-        self.calls += 1
-        return TABLE
+def counting() -> tuple[Mock, partial]:
+    """A computation, and it as a partial of a function of lib, which calls it."""
+    computed = Mock(return_value=TABLE)
+    return computed, partial(processes.from_main, computed)
 
 
 def test_a_result_is_computed_once_and_again_for_other_settings_other_code_or_a_fresh_run(monkeypatch, folder):
-    counting = Counting()
-    first, second = (run_or_load("a name/with: signs", {"seed": 1}, counting.of_lib) for _ in range(2))
+    computed, compute = counting()
+    first, second = (run_or_load("a name/with: signs", {"seed": 1}, compute) for _ in range(2))
     [path] = folder.iterdir()
-    assert counting.calls == 1 and (first.reused, second.reused) == (False, True)
+    assert computed.call_count == 1 and (first.reused, second.reused) == (False, True)
     pd.testing.assert_frame_equal(first.value, second.value)
     pd.testing.assert_frame_equal(first.value, TABLE, check_dtype=False)
     assert first.value["score"][0] == 1 / 3
     assert first.provenance == second.provenance and second.provenance["settings"] == {"seed": 1}
     assert second.provenance["environment"]["packages"]["torch"] and second.provenance["seconds"] >= 0
-    run_or_load("a name/with: signs", {"seed": 2}, counting.of_lib)
-    assert counting.calls == 2
-    stored, again = path.stat().st_mtime, partial(run_or_load, "a name/with: signs", {"seed": 1}, counting.of_lib)
-    assert again(fresh_since=stored - 1).reused and not again(fresh_since=stored + 1).reused and counting.calls == 3
+    assert not run_or_load("a name/with: signs", {"seed": 2}, compute).reused
+    stored, again = path.stat().st_mtime, partial(run_or_load, "a name/with: signs", {"seed": 1}, compute)
+    assert again(fresh_since=stored - 1).reused and not again(fresh_since=stored + 1).reused
+    assert computed.call_count == 3
     monkeypatch.setattr(results, "code_version", lambda *modules: f"another version of {modules}")
     assert not again().reused
 
@@ -70,14 +65,13 @@ def test_a_result_is_computed_once_and_again_for_other_settings_other_code_or_a_
 @pytest.mark.parametrize("damage", [
     lambda b: b[:-20], lambda b: b.replace(b"0.33", b"0.44"), lambda b: b"", lambda b: b"[]", lambda b: b"\xff" + b])
 def test_a_damaged_file_is_noticed_and_computed_again(folder, damage):
-    counting = Counting()
-    run_or_load("r", {}, counting.of_lib)
+    computed, compute = counting()
+    run_or_load("r", {}, compute)
     [path] = folder.iterdir()
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match="damaged"):
-        again = run_or_load("r", {}, counting.of_lib)
-    assert counting.calls == 2 and again.value["score"][0] == 1 / 3
-    assert run_or_load("r", {}, counting.of_lib).reused
+        assert run_or_load("r", {}, compute).value["score"][0] == 1 / 3
+    assert run_or_load("r", {}, compute).reused and computed.call_count == 2
 
 
 def pairs(*sentences, name="STS-B"):
@@ -102,23 +96,22 @@ def test_a_description_tells_arguments_apart_and_holds_no_texts_and_no_store(tmp
         describe(object())
 
 
-@pytest.mark.parametrize("step", ["fdopen", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_what_could_not_be_stored_is_an_error_and_leaves_the_old_file_and_no_other(monkeypatch, folder, step):
     def no_space(*_, **__):
         assert path.read_bytes() == old, "so that a process that is killed here leaves it, too"
         raise OSError(errno.ENOSPC, "No space left on device")
-    counting = Counting()
-    run_or_load("scores", {}, counting.of_lib)
+    _, compute = counting()
+    run_or_load("scores", {}, compute)
     [path] = folder.iterdir()
     old = path.read_bytes()
     with monkeypatch.context() as full:
         full.setattr(store.os, step, no_space)
         with pytest.raises(OSError, match="No space left"):
-            run_or_load("scores", {}, counting.of_lib, fresh_since=path.stat().st_mtime + 1)
+            run_or_load("scores", {}, compute, fresh_since=path.stat().st_mtime + 1)
         with pytest.raises(OSError, match="No space left"):
             EmbeddingStore(folder).save("embeddings", np.ones((2, 3)))
-    assert [path] == list(folder.iterdir()) and path.read_bytes() == old
-    assert run_or_load("scores", {}, counting.of_lib).reused and counting.calls == 2
+    assert [path] == list(folder.iterdir()) and path.read_bytes() == old and run_or_load("scores", {}, compute).reused
 
 
 def test_any_changed_byte_of_stored_embeddings_is_noticed_and_old_ones_are_not_fresh(tmp_path):
@@ -151,8 +144,7 @@ def modules_of(method) -> set[str]:
     ("core/tokens.py", lambda text: text.replace("    def ", "\n    # A comment.\n    def "), [False, False]),
     ("core/prompts.yaml", lambda text: text + 'another: {templates: ["Text: \\"{sentence}\\""]}\n', [False, False]),
     *((file, with_a_line, [False, False]) for file in (
-        "report/figures.py", "report/results.py", "run/publish.py", "evaluation/transfer.py", "__init__.py")),
-])
+        "report/figures.py", "report/results.py", "run/publish.py", "evaluation/transfer.py", "__init__.py"))])
 def test_new_code_makes_stale_what_used_it_and_texts_plots_and_other_evaluations_nothing(tmp_path, file, change, stale):
     shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     path, text = tmp_path / "lib" / file, (ROOT / "lib" / file).read_text()
@@ -222,9 +214,7 @@ def test_nothing_is_computed_twice(backbone, passes, tmp_path):
     # Other neighbours in a batch mean other rounding: a call gives the same bits, whatever ran before it.
     stored(backbone, tmp_path / "other").encode(SENTENCES[:3])
     assert np.array_equal(stored(backbone, tmp_path / "other").encode(SENTENCES), expected[-1])
-
-
-def test_ck_is_the_mean_of_cot_and_ke_and_finds_what_they_stored(backbone, passes, tmp_path):
+    # CK is the mean of CoT and KE, and finds what they stored.
     cot, ke = (stored(backbone, tmp_path, prompt=name).encode(SENTENCES) for name in ("cot", "ke"))
     passes.clear()
     assert_same(stored(backbone, tmp_path, prompt="ck").encode(SENTENCES), (cot + ke) / 2)
@@ -235,8 +225,7 @@ def test_ck_is_the_mean_of_cot_and_ke_and_finds_what_they_stored(backbone, passe
     {"method": None}, {"prompt": "cot"}, {"pooling": "mean"}, {"exit_layer": 2}, {"max_length": 100},
     {"share_prefix": True},
     *({"method": dataclasses.replace(TP, **{key: value})} for key, values in TPS.items() for value in values),
-    *({"prompt": dataclasses.replace(PROMPTS["prompteol"], **{key: value})} for key, value in PARTS.items()),
-], ids=str)
+    *({"prompt": dataclasses.replace(PROMPTS["prompteol"], **{key: value})} for key, value in PARTS.items())], ids=str)
 def test_every_choice_counts(backbone, passes, tmp_path, change):
     stored(backbone, tmp_path).encode(SENTENCES)
     expected = stored(backbone, None, **change).encode(SENTENCES)
@@ -257,36 +246,28 @@ def test_batches_code_and_weights_count_and_prose_does_not(backbone, passes, tmp
     recoded.code = "other code"
     recoded.encode(SENTENCES)
     assert len(passes) == 3
-    model = copy.deepcopy(backbone.model)
-    randomise(model, seed=1)
+    model = randomise(copy.deepcopy(backbone.model), seed=1)
     other = Backbone.from_model(model, build_tokenizer(), name=backbone.name, revision=backbone.revision)
     assert cosines(stored(other, tmp_path).encode(SENTENCES), first).max() < 0.9
 
 
-def test_a_damaged_chunk_is_noticed_and_computed_again(backbone, passes, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "CHUNK", 4)
-    first = stored(backbone, tmp_path).encode(SENTENCES)
-    file, _ = sorted(tmp_path.glob("*.npy"), key=lambda path: -path.stat().st_size)  # chunks of 4 and 3
-    file.write_bytes(file.read_bytes()[:-50])
-    passes.clear()
-    with pytest.warns(UserWarning, match=f"{file.name} is damaged"):
-        again = stored(backbone, tmp_path).encode(SENTENCES)
-    assert [rows for rows, _ in passes] == [4] and np.array_equal(again, first)
-    stored(backbone, tmp_path).encode(SENTENCES)
-    assert len(passes) == 1
-
-
-def test_an_interrupted_run_goes_on_where_it_stopped(backbone, passes, tmp_path, monkeypatch):
+def test_of_an_interrupted_run_or_a_damaged_chunk_only_what_is_missing_is_computed(
+        backbone, passes, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "CHUNK", 2)
     layers, interrupt = [2, -1], Mock(side_effect=[None, None, KeyboardInterrupt])  # in the third batch
+    expected = stored(backbone, None).encode_layers(SENTENCES, layers)
     with pytest.raises(KeyboardInterrupt), backbone.layers[2].register_forward_pre_hook(interrupt):
         stored(backbone, tmp_path).encode_layers(SENTENCES, layers)
-    assert len(list(tmp_path.iterdir())) == 4  # two chunks, two layers, nothing else
+    file, *others = tmp_path.iterdir()
+    assert len(others) == 3  # two chunks, two layers, nothing else
     passes.clear()
     found = stored(backbone, tmp_path).encode_layers(SENTENCES, layers)
     assert sum(rows for rows, _ in passes) == 7 - 2 * 2
-    expected = stored(backbone, None).encode_layers(SENTENCES, layers)
-    assert all(np.array_equal(found[layer], expected[layer]) for layer in layers)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match=f"{file.name} is damaged"):
+        again = stored(backbone, tmp_path).encode_layers(SENTENCES, layers)
+    assert [rows for rows, _ in passes[2:]] == [2] and not passes[3:]
+    assert all(np.array_equal(of[layer], expected[layer]) for of in (found, again) for layer in layers)
 
 
 def test_states_that_are_not_finite_are_refused_and_not_stored(backbone, tmp_path):

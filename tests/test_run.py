@@ -53,8 +53,7 @@ def project(tmp_path, monkeypatch, no_data):
     ("tiny -p context {}", "", "'context'; there are other, profile, seed"),
     ("x", "parameters: {typo: 1}", "'typo'; there are other, profile, seed"),
     ("x", "notebooks: {00_first: {other: 1}}", "of 00_first 'other'; there are profile, seed"),
-    ("x", "notebooks: {09_none: {}}", "'09_none'; there are 00_first, 01_second"),
-])  # fmt: skip
+    ("x", "notebooks: {09_none: {}}", "'09_none'; there are 00_first, 01_second")])
 def test_unknown_names_are_refused_with_what_exists(project, capsys, arguments, profile, said):
     (project / "configs" / "x.yaml").write_text(profile)
     with pytest.raises(SystemExit, match="2"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from tiny_models import SENTENCES, tiny_backbone
+from tiny_models import SENTENCES, save_tiny
 
 from lib.core.attention_values import AttentionValues
 from lib.core.backbone import load_backbone
@@ -22,8 +22,7 @@ from lib.evaluation.sts import cosine, spearman
 CHOICES = {
     "TP": {"prompt": "ke", "method": TokenPrepending(1, 3, init=(0.5,) * 32), "exit_layer": 3},
     "AlignedWVA": {"prompt": "prompteol", "pooling": AttentionValues(1), "method": TokenPrepending(0, 2)},
-    "CP": {"prompt": "cot", "method": ContrastivePrompting(2, rule="NR"), "share_prefix": False},
-}
+    "CP": {"prompt": "cot", "method": ContrastivePrompting(2, rule="NR"), "share_prefix": False}}
 LOAD = """import sys
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -34,10 +33,7 @@ np.save(sys.argv[2], model.encode(sys.argv[3:]))
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_backbone().model.save_pretrained(folder)
-    tiny_backbone().tokenizer.save_pretrained(folder)
-    return load_backbone(str(folder), "float32", "cpu")
+    return load_backbone(str(save_tiny(tmp_path_factory.mktemp("model"))), "float32", "cpu")
 
 
 def model_of(encoder: SentenceEncoder) -> SentenceTransformer:
@@ -78,16 +74,10 @@ def test_its_evaluator_gives_our_score(backbone):
     assert 100 * found["spearman_cosine"] == pytest.approx(expected, abs=1e-4)
 
 
-class Own:
-    """A method that no settings file could hold."""
-
-    def describe(self):
-        return {"method": "own"}
-
-
 def test_what_cannot_be_saved_or_is_not_what_was_saved_is_refused(backbone, tmp_path):
+    own = type("Own", (), {"describe": lambda self: {"method": "own"}})()  # which no settings file could hold
     with pytest.raises(ValueError, match="Own is not of this package"):
-        model_of(SentenceEncoder(backbone, "none", Own())).save_pretrained(str(tmp_path))
+        model_of(SentenceEncoder(backbone, "none", own)).save_pretrained(str(tmp_path))
     model_of(SentenceEncoder(backbone, "none")).save_pretrained(str(tmp_path))
     file = tmp_path / "training_free.json"
     text = file.read_text()

@@ -37,7 +37,7 @@ def shown(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(settings, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(settings, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(session, "load_backbone", lambda model, dtype: tiny_backbone())
+    monkeypatch.setattr(session, "load_backbone", lambda model, dtype, device_map: tiny_backbone())
     monkeypatch.setattr(sources, "find_source", lambda: DataSource("sample", tmp_path))
     monkeypatch.setattr(session, "display", displayed.append)
     return displayed
@@ -268,8 +268,7 @@ DRAWN = {
     "kinds": partial(special.similarity_by_kind, PAIRS.assign(overlap=PAIRS["cosine"].abs()), TITLE),
     "stems": partial(special.variation_stems, dict.fromkeys(LONG, ROWS), TITLE),
     "attention": partial(special.attention_map, BLOCKS.query("variant == 'TP'"), BLOCKS.query("token == 0"), TITLE),
-    "pareto": partial(special.pareto, COST, ylabel="Spearman x 100", **TEXTS),
-}
+    "pareto": partial(special.pareto, COST, ylabel="Spearman x 100", **TEXTS)}
 
 
 @pytest.mark.filterwarnings("error")

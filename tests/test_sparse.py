@@ -18,12 +18,8 @@ from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, Sp
 
 
 @pytest.fixture(scope="module")
-def data():
-    return load_beir("sample", DataSource("sample", DATA / "sample" / "beir"))
-
-
-@pytest.fixture(scope="module")
-def encoded(data):
+def encoded():
+    data = load_beir("sample", DataSource("sample", DATA / "sample" / "beir"))
     generator, backbone = np.random.default_rng(0), tiny_backbone()
     sides = [generator.normal(size=(len(side), HIDDEN)).astype(np.float32) + 1 for side in (data.corpus, data.queries)]
     return retrieval.EncodedSet(data, *sides, backbone, backbone.num_layers, (40, 8))
@@ -97,8 +93,7 @@ def test_cross_fitting_scores_no_query_that_its_setting_was_chosen_on(monkeypatc
     monkeypatch.setattr(retrieval, "choose_setting", lambda tables: seen.append(list(tables)) or (32, 0, "x"))
     found = retrieval.cross_fitted(scores, dense, halvings=3)
     assert len(found) == 3 * 2 * 2 and len(seen) == 6
-    of_p = found[(found["set"] == "p") & (found["halving"] == 0)]["kept"].tolist()
-    for half, kept in enumerate(of_p):
+    for half, kept in enumerate(found.query("set == 'p' and halving == 0")["kept"]):
         scored = seen[1 - half][0].index  # what is chosen on one half is scored on the other
         assert not set(seen[half][0].index) & set(scored) and len(seen[half][0]) + len(scored) == 21
         assert kept == pytest.approx(scores["p"].loc[scored, (32, 0, "x")].mean() / dense["p"][scored].mean())

@@ -51,8 +51,7 @@ def test_settings_hold_a_copy_of_their_vector_and_those_for_a_deeper_or_a_narrow
     *(("normal", seed, torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(seed))) for seed in (3407, 7)),
     ("uniform", 3407, torch.rand(tiny.HIDDEN, generator=torch.Generator().manual_seed(3407))),
     ("zeros", 0, torch.zeros(tiny.HIDDEN)), ("ones", 0, torch.ones(tiny.HIDDEN)), ("space", 0, None),
-    (torch.linspace(-1, 1, tiny.HIDDEN), 0, torch.linspace(-1, 1, tiny.HIDDEN)),
-])
+    (torch.linspace(-1, 1, tiny.HIDDEN), 0, torch.linspace(-1, 1, tiny.HIDDEN))])
 def test_the_placeholder_s_vector_is_what_it_says_and_what_the_model_reads(backbone, init, seed, expected):
     if init == "space":
         expected = backbone.embeddings.weight[backbone.tokenizer.convert_tokens_to_ids("Ġ")]
@@ -61,10 +60,10 @@ def test_the_placeholder_s_vector_is_what_it_says_and_what_the_model_reads(backb
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was touched"
     with tp.attach(backbone, at(3)):
         states = read_states(backbone, PLAIN_IDS, range(LAYERS + 1))
-    wanted = loop_states(backbone, ONE_PLACEHOLDER, [(2, 3, [3])], expected)
-    assert torch.equal(states[0][0], wanted[0])
-    for layer in range(1, LAYERS + 1):
-        assert_same(states[layer][0], wanted[layer], f"layer {layer}")
+    first, *others = loop_states(backbone, ONE_PLACEHOLDER, [(2, 3, [3])], expected)
+    assert torch.equal(states[0][0], first)
+    for layer, wanted in enumerate(others, 1):
+        assert_same(states[layer][0], wanted, f"layer {layer}")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, IndexError, RuntimeError])
@@ -100,13 +99,13 @@ def test_foreign_hooks_stay_and_what_they_received_is_not_written_to(backbone):
 def test_nested_settings_apply_together_and_end_separately(backbone):
     outer, inner = TokenPrepending(1, 4, seed=1), TokenPrepending(2, 3, seed=1)
     both, states = [(1, 4, [3]), (2, 3, [7])], lambda: read_states(backbone, PLAIN_IDS, [LAYERS])[LAYERS][0]
-    plain = states()
+    plain, vector = states(), outer.initial_vector(backbone)
     with outer.attach(backbone, at(3)):
         alone = states()
         with inner.attach(backbone, at(7)):
-            assert_same(states(), loop_states(backbone, IDS, both, outer.initial_vector(backbone))[LAYERS])
+            assert_same(states(), loop_states(backbone, IDS, both, vector)[LAYERS])
+        assert_same(states(), loop_states(backbone, ONE_PLACEHOLDER, both[:1], vector)[LAYERS])
         assert torch.equal(states(), alone)
-    assert_same(alone, loop_states(backbone, ONE_PLACEHOLDER, both[:1], outer.initial_vector(backbone))[LAYERS])
     assert torch.equal(states(), plain)
 
 
@@ -122,9 +121,8 @@ def test_token_ids_are_those_of_a_tokenizer_with_the_placeholder_added(kind):
         for template in PROMPTS[name].with_placeholder(place, count):
             rows = rows_of(kind, template, sentences)
             for sentence, ids, places in zip(sentences, rows.ids, rows.placeholders, strict=True):
-                expected = tiny.official_ids(tokenizer, template.replace("{sentence}", sentence))
-                assert [k for k, token in enumerate(expected) if token == SPARE_TOKEN] == places, template
-                assert [0 if token == SPARE_TOKEN else token for token in expected] == ids, template
+                found = [SPARE_TOKEN if k in places else token for k, token in enumerate(ids)]
+                assert found == tiny.official_ids(tokenizer, template.replace("{sentence}", sentence)), template
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,15 +165,13 @@ CLOSING = 6  # tokens after the sentence
 
 # Name -> the variant, the blocks before which a plain loop writes, the blocks in which it uses a mask of its own.
 VARIANTS = {
-    "tp": (Variant(1, 3), (1, 2), ()),
-    "nothing": (Variant(1, 3, write="nothing"), (), ()),
+    "tp": (Variant(1, 3), (1, 2), ()), "nothing": (Variant(1, 3, write="nothing"), (), ()),
     **{write: (Variant(1, 3, write=write), (1, 2), ()) for write in ("mean", "older", "same")},
     "resumed": (Variant(0, 2, resume=3), (0, 1, 3), ()),
     "hidden before": (Variant(1, 3, hide="before"), (1, 2), (0,)),
     "hidden after": (Variant(1, 3, hide="after"), (1, 2), (3,)),
     "last token open": (Variant(1, 3, write="nothing", open="last_token"), (), (1, 2)),
-    "sentence open": (Variant(1, 3, write="nothing", open="sentence", closing=CLOSING), (), (1, 2)),
-}
+    "sentence open": (Variant(1, 3, write="nothing", open="sentence", closing=CLOSING), (), (1, 2))}
 
 
 def reference_change(name: str, place: int, last: int):
@@ -213,7 +209,7 @@ def test_variants_equal_a_plain_loop(backbone, name, share_prefix):
 
 
 def test_variants_differ_from_each_other(backbone):
-    found = {v: SentenceEncoder(backbone, PROMPT, v).encode(FEW) for v, *_ in VARIANTS.values()}
-    assert len({str(variant.describe()) for variant in found}) == len(VARIANTS)
+    found = {str(v.describe()): SentenceEncoder(backbone, PROMPT, v).encode(FEW) for v, *_ in VARIANTS.values()}
+    assert len(found) == len(VARIANTS)
     for a, b in itertools.combinations(found, 2):
         assert not np.allclose(found[a], found[b], rtol=1e-4, atol=1e-5), (a, b)

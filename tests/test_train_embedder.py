@@ -44,14 +44,12 @@ def test_batches_take_every_row_once_a_round_and_none_twice():
 def test_pairs_leave_out_what_evaluations_hold():
     positives = {
         "one": [("A dog runs.", "a  DOG is running"), ("It rains!", "Rain falls"), ("Same words.", "same words !")],
-        "two": [("A dog is running.", "A dog runs"), ("The sun rises", "Dawn breaks"), ("Dawn breaks.", "It dawns")],
-    }
+        "two": [("A dog is running.", "A dog runs"), ("The sun rises", "Dawn breaks"), ("Dawn breaks.", "It dawns")]}
     pairs = make_pairs(positives, ["it RAINS", "Nothing of this."])
     assert list(zip(pairs.first, pairs.second)) == [positives["one"][0], positives["two"][1], positives["two"][2]]
     assert pairs.provenance["pairs"] == {
         "one": {"positive": 3, "in_evaluation": 1, "equal": 1, "repeated": 0, "kept": 1},
-        "two": {"positive": 3, "in_evaluation": 0, "equal": 0, "repeated": 1, "kept": 2},
-    }
+        "two": {"positive": 3, "in_evaluation": 0, "equal": 0, "repeated": 1, "kept": 2}}
     # "Dawn breaks" links the last two pairs, so that their other sentences are no negatives of each other either.
     assert pairs.groups[1] == pairs.groups[2] != pairs.groups[0]
     with pytest.raises(ValueError, match="No positive pair is left"):

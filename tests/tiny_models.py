@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
@@ -37,8 +38,7 @@ TOLERANCE = 2e-5
 # Of several lengths; none is cut, the longest is longer than the sliding windows, the third fits into one.
 SENTENCES = [
     "A man is playing a large flute on the street, and nobody who walks by that morning seems to hear him at all.",
-    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!",
-]
+    "The plane takes off.", "No.", 'She said "nothing at all" about it?', "Three children run across the field!"]
 
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}
 _COMMON = {**_IDS, "pad_token_id": 2, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -70,15 +70,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "bloom": ("bloom", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
     # Granite scales what attention and MLP return before it adds it.
-    "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7}),
-}
+    "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.7})}
 
 _CORPUS = [
     "A man is playing a large flute on the street .", "Three children, who are cold, run across the snowy field!",
     "What does the woman say about the old house? \"Nothing at all.\"",
     "The stock market fell by 3.5 percent on Tuesday, analysts said.", "It's the dog's bone; it isn't the cat's.",
-    *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates),
-]
+    *(text.replace("{sentence}", "The plane takes off.") for prompt in PROMPTS.values() for text in prompt.templates)]
 
 
 @functools.cache
@@ -115,13 +113,23 @@ def build_tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:
 def tiny_backbone(family: str = "llama", tokenizer: str = "bytes") -> Backbone:
     """A random model of a family, float32, the same in every run. Shared by all tests: nothing may change it."""
     kind, options = FAMILIES[family]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **options))
-    randomise(model)
-    return Backbone.from_model(model, build_tokenizer(tokenizer), name=f"tiny-{family}")
+    return Backbone.from_model(random_model(kind, **options), build_tokenizer(tokenizer), name=f"tiny-{family}")
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Seeded weights with a gain near one, so that every part of a block has its say."""
+def save_tiny(folder, family: str = "llama", part: str = "model") -> Path:
+    """Save a tiny model and its tokenizer as a checkpoint; the part "base" is without its head, as in many of them."""
+    getattr(tiny_backbone(family), part).save_pretrained(folder)
+    tiny_backbone(family).tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def random_model(kind: str, **options) -> nn.Module:
+    """A model of a type of Transformers with the weights of `randomise`."""
+    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **options)))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model seeded weights with a gain near one, so that every part of a block has its say."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings().weight
     with torch.no_grad():
@@ -131,6 +139,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise if parameter is embeddings else noise * 1.5 * parameter.shape[-1] ** -0.5)
+    return model
 
 
 # A model of its own for the reference, so that it can put the placeholder into the embedding matrix.
@@ -138,7 +147,7 @@ _copy = functools.lru_cache(maxsize=2)(copy.deepcopy)
 
 
 @torch.inference_mode()
-def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, check=False, change=None) -> list:
+def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, change=None) -> list:
     """All states of one unpadded prompt, by a loop over the blocks: `num_layers + 1` tensors (tokens, hidden).
 
     The model's own pass, on a copy, gives what each block is called with besides the states (masks, positions).
@@ -148,7 +157,6 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
         writes: (start, end, positions of the placeholders) of each TP setting that is active.
         vector: the row of the embedding matrix that a placeholder token has. Without it the row is not a number.
         change: called as `change(i, h, block, args, kwargs, states before)`; returns h and kwargs for the block.
-        check: also compare the states with those of the model's own `output_hidden_states` (only without `writes`).
     """
     model, calls, tokens = _copy(backbone.model), [], torch.tensor([ids])
     base = model.base_model
@@ -157,7 +165,7 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
     def record(_, args, kwargs):
         calls.append((args[0].clone(), args[1:], kwargs))
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    plain = base(input_ids=tokens, use_cache=False)
+    base(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
 
@@ -172,17 +180,10 @@ def loop_states(backbone: Backbone, ids: list[int], writes=(), vector=None, chec
         states.append(h[0])
         output = block(h, *args, **kwargs)
         h = output[0] if isinstance(output, tuple) else output
-    states.append(_after_last_block(base, h)[0])
-    if check:
-        expected = base(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
-        assert len(expected) == len(states) and not writes
-        for ours, theirs in zip(states, expected):
-            torch.testing.assert_close(ours, theirs[0], rtol=0, atol=0)
-        torch.testing.assert_close(states[-1], plain.last_hidden_state[0], rtol=0, atol=0)
-    return states
+    return [*states, after_last_block(base, h)[0]]
 
 
-def _after_last_block(base: nn.Module, h: torch.Tensor) -> torch.Tensor:
+def after_last_block(base: nn.Module, h: torch.Tensor) -> torch.Tensor:
     """What the families do between their last block and the unembedding, written out by name."""
     parts = dict(base.named_modules())
     names = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "decoder.final_layer_norm", "decoder.project_out")

@@ -24,12 +24,11 @@ def around_peft(device: torch.device):
 
 
 def save_adapter(model: PeftModel, folder: Path, about: dict) -> dict:
-    """Write a trained adapter and, last, its provenance, which is returned: `about` and the SHA-256 of the weights.
-    Where an interrupt leaves a part of an adapter, `read_adapter` finds none."""
+    """Write a trained adapter and its provenance, which is returned: `about` and the SHA-256 of the weights."""
     model.save_pretrained(folder)
     text = json.dumps(about | {"adapter_sha256": _sha256(folder)}, indent=1, default=str)
     follow_umask(folder)
-    (folder / "provenance.json").write_text(text)
+    (folder / "provenance.json").write_text(text)  # last: where an interrupt leaves a part, `read_adapter` finds none
     return json.loads(text)
 
 

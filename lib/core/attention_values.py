@@ -1,8 +1,6 @@
 """Embeddings from the attention blocks' outputs instead of the hidden state (value aggregation, arXiv 2602.01572).
-
-Where attention is in a block is found by what the model does with its modules and not by their classes: some families
-norm what attention returns (Gemma 2 and 3, OLMo 2), some scale it (Granite), some add it together with what the MLP
-returns (GPT-J, Phi)."""
+Attention is found by what a model does with its modules, because some families norm what it returns (Gemma 2 and 3,
+OLMo 2), some scale it (Granite), some add it together with what the MLP returns (GPT-J, Phi)."""
 
 from collections import defaultdict, namedtuple
 from collections.abc import Iterable
@@ -25,10 +23,8 @@ Attention = namedtuple("Attention", "added projections scale")
 
 @dataclass(frozen=True)
 class AttentionValues:
-    """A pooling: the sum, over the blocks `start` to exit layer - 1, of what their attention adds at the last token.
-
-    The sum is float32. No block after the last that is summed is run; at the last layer all of them are. `start` is the
-    first block that counts, 0-based."""
+    """A pooling: the float32 sum, over the blocks `start` (0-based) to exit layer - 1, of what their attention adds at
+    the last token. No later block is run."""
 
     start: int = 0
     needs_span = False
@@ -54,16 +50,14 @@ class AttentionValues:
         return {n: sums[n - self.start - 1] for n in wanted}
 
     def describe(self) -> dict:
-        """The pooling as plain data."""
         return {"pooling": "attention values", "first_block": self.start}
 
 
 @torch.inference_mode()
 def find_attention(backbone: Backbone) -> Attention:
-    """Looked for once per model, by a short pass; a method must not be attached, which would mislead the search.
-
-    It records what the modules of each block return. Of those with `att` in their names, the one counts whose output
-    and one more module's (the MLP's) make up what a block adds. `UnsupportedModelError` where none does."""
+    """Looked for once per model, by a short pass; a method must not be attached, which would mislead the search. Of the
+    modules of a block with `att` in their names, the one counts whose output and one more module's (the MLP's) make up
+    what the block adds. `UnsupportedModelError` where none does."""
     if "attention" in vars(backbone):
         return backbone.attention
     n, config = backbone.num_layers, backbone.model.config.get_text_config()

@@ -1,6 +1,5 @@
-"""Load a causal language model and find its parts by structure, not by class name.
-
-A short forward pass checks that they behave as the package assumes. What is not supported is refused."""
+"""Load a causal language model and find its parts by structure, not by class name. A short forward pass checks that
+they behave as the package assumes; what does not is refused."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -12,16 +11,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from lib.core.bundled import BUNDLED, DEFAULT_MODEL, ModelNotFoundError, load_bundled
 from lib.core.forward import UnsupportedModelError, check_finite, read_states, returned_tensor
 from lib.core.hardware import choose, device_name
 
-# What the families of causal language models call the norm between the last block and the unembedding.
-HEADS = ("lm_head.", "embed_out.")  # and the unembedding
 # Without attention, and their `hidden_states` begin after the first block: a layer would be another than elsewhere.
 COUNTED_OTHERWISE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
+# What the families of causal language models call the unembedding, and the norm between it and the last block.
+HEADS = ("lm_head.", "embed_out.")
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
 
 
@@ -34,14 +32,14 @@ class Backbone:
 
     Attributes:
         base: the model without its unembedding. embeddings: its token embedding module.
-        layers: its `num_layers` decoder blocks. final_norm: what follows them, or None. hidden_size, dtype: of states.
         embed_scale: by which some families (Gemma) multiply the rows of their embedding matrix.
-        title: the name for captions, with the quantisation of a bundled model's weights.
-        max_length: the tokens that the model was trained for (4096 where it does not say). With LongRoPE, whose
-            positions change for a whole batch where one row is longer, what it was trained for at first.
-        notes: remarks for people (why this dtype was chosen); nothing in it decides an embedding."""
+        layers: its `num_layers` decoder blocks. final_norm: what follows them, or None. hidden_size, dtype: of states.
+        max_length: tokens that it was trained for (4096 where it does not say), with LongRoPE at first: beyond it, one
+            long row changes the positions of its whole batch.
+        title: the name for captions, with the quantisation of bundled weights. notes: for people, such as why this
+            dtype was chosen; they decide no embedding."""
 
-    model: PreTrainedModel
+    model: transformers.PreTrainedModel
     tokenizer: object
     unembedding: nn.Module
     name: str
@@ -82,8 +80,7 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (first 16 hex digits) of name, revision, dtype, the ids of a probe text and a sample of all weights,
-        by which two models of one name (a fine-tuned folder, a random model) differ."""
+        """SHA-256 (first 16 hex digits) of name, revision, dtype, a probe text's ids and a sample of all weights."""
         probe = self.tokenizer("A probe: \"caf\u00e9\", 12 o'clock.")["input_ids"]
         digest = hashlib.sha256(repr((self.name, self.revision, str(self.dtype), probe)).encode())
         for key, tensor in self.model.state_dict().items():
@@ -115,17 +112,15 @@ class Backbone:
 
 def load_backbone(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", device_map=None, *,
                   trust_remote_code=False, head=True) -> Backbone:
-    """Load a causal language model for reading its hidden states.
+    """Load a causal language model for reading its hidden states. Raises `ModelNotFoundError` for one that is neither
+    here nor on the hub, and `UnsupportedModelError` for one that lacks weights or is not decoder-only and causal.
 
     Args:
         name: a bundled model (`"smollm2"`, see `lib.core.bundled.BUNDLED`), a hub id or a local folder (`~` is yours).
         dtype, device: names in torch, such as `"float16"` and `"cuda:1"`, or `"auto"` (`lib.core.hardware.choose`).
         device_map: handed to `from_pretrained` (`"auto"` spreads a large model); then `device` must stay `"auto"`.
         trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
-        head: whether the checkpoint must hold the unembedding; without one, that is random.
-
-    Raises `ModelNotFoundError` for a model that is neither here nor to be had from the hub, and `UnsupportedModelError`
-    for one that lacks weights or is not decoder-only with causal attention."""
+        head: whether the checkpoint must hold the unembedding; without one, that is random."""
     chosen, target, reason = choose(dtype, device)
     if device_map is not None and device != "auto":
         raise ValueError("Give either device or device_map, not both.")
@@ -162,7 +157,7 @@ def read_checkpoint(loader: str, name: str, dtype: torch.dtype, unused: tuple = 
     model, info = getattr(transformers, loader).from_pretrained(name, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unused)):
-        kind, found = type(model).__name__, f"; it has {next(iter(info['unexpected_keys']), 'no others')}"
+        kind, found = type(model).__name__, f"; it has {min(info['unexpected_keys'], default='no others')}"
         raise UnsupportedModelError(f"{name} lacks {len(missing)} weights of {kind}, such as {missing[0]}{found}.")
     return model, tokenizer, getattr(model.config, "_commit_hash", None) or "local folder"
 

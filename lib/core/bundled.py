@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from uuid import uuid4
 
 import torch
 import transformers
@@ -88,13 +86,13 @@ def load_bundled(name: str, dtype: torch.dtype) -> tuple:
     copy = CACHE / "models" / f"{name}-{bundled.sha256[:12]}"
     revision = f"{bundled.packages[0]} {bundled.files()[0].name.removesuffix('.part00')}"
     if not copy.exists():
-        # Releases that have GgufConfig keep quantised modules unless told otherwise; older ones always dequantise.
-        config = getattr(transformers, "GgufConfig", None)
-        options = {"quantization_config": config(dequantize=True)} if config else {}
+        options = {"gguf_file": "model.gguf", "dtype": torch.float32}
+        if hasattr(transformers, "GgufConfig"):  # these releases keep quantised modules unless told otherwise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with TemporaryDirectory() as folder:
-            name = join_parts(bundled, Path(folder) / "model.gguf").name
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            join_parts(bundled, Path(folder) / "model.gguf")
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         check_tokenizer(tokenizer, bundled)
         try:
             keep_copy(model, tokenizer, copy)
@@ -129,12 +127,10 @@ def keep_copy(model, tokenizer, target: Path) -> None:
         if left.stat().st_mtime < time.time() - 3600:  # half a gigabyte that a killed process left
             shutil.rmtree(left, ignore_errors=True)
     vars(model.config).pop("quantization_config", None)
-    (temporary := home / f"{prefix}{uuid4().hex}").mkdir()
-    try:
+    with TemporaryDirectory(prefix=prefix, dir=home, ignore_cleanup_errors=True) as folder:
+        (whole := Path(folder) / target.name).mkdir()
         for part in (model, tokenizer):
-            part.save_pretrained(temporary)
-        follow_umask(temporary)
+            part.save_pretrained(whole)
+        follow_umask(whole)
         if not target.exists():
-            os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            whole.rename(target)

@@ -1,7 +1,6 @@
 """Contrastive Prompting (CP): what a sentence says under a second, irrelevant prompt is taken away (arXiv 2505.12831).
-
-A method of two passes. The first, under the auxiliary prompt and only up to one block, reads what enters the output
-projection of that block's attention at the last token; the second subtracts it from its own at the same place."""
+A first pass, under that prompt and only up to one block, reads what enters the output projection of the block's
+attention at the last token; the second subtracts it from its own at the same place."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,16 +19,12 @@ IRRELEVANT = f'The irrelevant information of this sentence : "{SENTENCE}" means 
 
 @dataclass(frozen=True)
 class ContrastivePrompting:
-    """CP as a method of an encoder.
+    """CP as a method of an encoder. `ValueError` for block < 0, an unknown rule and no `{sentence}` in `auxiliary`.
 
     Args:
-        block: where, 0-based; the paper's layer is block + 1.
-        strength: the paper's alpha, for `"NS"` alone.
+        block: where, 0-based; the paper's layer is block + 1. strength: the paper's alpha, for `"NS"` alone.
         rule: what v, the prompt's value, becomes, with w, that of the auxiliary prompt: `"NS"` (scaled), strength x
-            (v - w), or `"NR"` (renormed), v - w with the length of v.
-        auxiliary: the second prompt's template.
-
-    Raises `ValueError` for a negative block, an unknown rule and a template without `{sentence}`."""
+            (v - w), or `"NR"` (renormed), v - w with the length of v. auxiliary: the second prompt's template."""
 
     block: int = 4
     strength: float = 2.0
@@ -41,7 +36,6 @@ class ContrastivePrompting:
             raise ValueError(f"CP needs block >= 0, {SENTENCE} in its template and the rule NS or NR; got {self}.")
 
     def describe(self) -> dict:
-        """The method as plain data."""
         return {"method": type(self).__name__, **asdict(self)}
 
     def templates(self, prompt: Prompt) -> tuple[str, ...]:
@@ -60,8 +54,13 @@ class ContrastivePrompting:
     def attach(self, backbone: Backbone, batch: Batch):
         """Run the first pass over the batch's sentences; while active, the second subtracts what it read."""
         self.check(backbone)
-        projection = find_attention(backbone).projections[self.block]
-        auxiliary = self._auxiliary_values(backbone, batch.texts, projection)
+        projection, texts, read = find_attention(backbone).projections[self.block], batch.texts, []
+        rows = PromptTokenizer(backbone.tokenizer, backbone.max_length)(self.auxiliary, texts)
+        rows.prefix = 0  # whole prompts: a prefix's keys and values would be one more pass
+        first = rows.batch(range(len(texts)), backbone.device)
+        with projection.register_forward_pre_hook(lambda _, args: read.append(last_state(args[0], first.last).float())):
+            read_states(backbone, first.ids, [self.block + 1], lambda states: None)
+        auxiliary = read[0]  # float32 (texts, width)
 
         def subtract(_, args):
             values = args[0].clone()
@@ -74,12 +73,3 @@ class ContrastivePrompting:
 
         with projection.register_forward_pre_hook(subtract):
             yield self
-
-    def _auxiliary_values(self, backbone: Backbone, texts: list[str], projection: torch.nn.Module) -> torch.Tensor:
-        """What enters the projection at the last token under the auxiliary prompt, float32 (texts, width)."""
-        rows, read = PromptTokenizer(backbone.tokenizer, backbone.max_length)(self.auxiliary, texts), []
-        rows.prefix = 0  # whole prompts: a prefix's keys and values would be one more pass
-        batch = rows.batch(range(len(texts)), backbone.device)
-        with projection.register_forward_pre_hook(lambda _, args: read.append(last_state(args[0], batch.last).float())):
-            read_states(backbone, batch.ids, [self.block + 1], lambda states: None)
-        return read[0]

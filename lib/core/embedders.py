@@ -1,5 +1,4 @@
 """The embedders of the key-token paper (arXiv 2406.17378): ordinary encoders, each with the model that decodes it.
-
 `embedders.yaml` is their table. `lib/studies/train_embedder.py` trains the adapter of one: the argument `trained`."""
 
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
-from huggingface_hub import auth_check, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import auth_check, errors, try_to_load_from_cache
 
 from lib.core.adapters import merge_adapter, merged_backbone
 from lib.core.backbone import Backbone, ModelNotFoundError, UnsupportedModelError, load_backbone, read_checkpoint
@@ -139,22 +137,19 @@ def _refusal(repo: str) -> str:
         return ThreadPoolExecutor(1).submit(auth_check, repo).result(timeout=8) or ""
     except Exception as error:  # whatever the reason: a status, and no end of a notebook
         reason = str(error).strip().partition("\n")[0] or "the hub did not answer"
-        _silence.extend([] if isinstance(error, HfHubHTTPError) else [reason])
+        _silence.extend([] if isinstance(error, errors.HfHubHTTPError) else [reason])
         return reason
 
 
 def load_embedder(name: str | Entry, dtype: str = "auto", device: str = "auto", backbone: Backbone | None = None,
                   store: EmbeddingStore | None = None, trained=None) -> Embedder:
-    """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own.
+    """Load an embedder by its name in `EMBEDDERS`, or an `Entry` of your own. `ValueError` for an unknown name, another
+    `backbone` than its own and an adapter that does not fit; errors of `load_backbone` and `BothSides.check`.
 
     Args:
         dtype, device: as of `load_backbone`; where the decoding `backbone` is given, its own are taken.
         store: for both encoders; its `fresh_since` holds for a trained adapter too.
-        trained: `lib.studies.train_embedder.trained_adapter`, for the embedder that it trains: (backbone, time before
-            which no adapter counts) -> the adapter's folder.
-
-    Raises `ValueError` for an unknown name, another `backbone` than its own and an adapter that does not fit, and as
-    `load_backbone`, also where the checkpoint lacks weights or cannot attend to both sides here."""
+        trained: `lib.studies.train_embedder.trained_adapter`: (backbone, `fresh_since`) -> an adapter's folder."""
     if not (entry := name if isinstance(name, Entry) else EMBEDDERS.get(name)):
         raise ValueError(f"Unknown embedder {name!r}; choose from {', '.join(EMBEDDERS)} or pass an Entry.")
     if (state := status(entry, trained is not None)).startswith("not "):
@@ -177,8 +172,7 @@ def load_embedder(name: str | Entry, dtype: str = "auto", device: str = "auto", 
 
 def embedder_of(backbone: Backbone, name: str = "auto", store: EmbeddingStore | None = None, trained=None) -> Embedder:
     """An embedder that `backbone` decodes, by its name in `EMBEDDERS`; arguments and errors as in `load_embedder`.
-    "auto" is the first that was trained from this backbone and can be had, else "prompteol", the backbone with
-    PromptEOL, which the paper counts among its embedders too."""
+    "auto" is the first that was trained from this backbone and can be had, else the backbone itself with PromptEOL."""
     made = [e for e in EMBEDDERS.values() if e.backbone == backbone.name and (e.adapters or e.hub != e.backbone)]
     usable = (e.name for e in made if not status(e, trained is not None).startswith("not "))
     if name := next(usable, "") if name == "auto" else name:

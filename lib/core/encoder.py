@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -24,32 +23,27 @@ from lib.core.store import EmbeddingStore, fingerprint
 from lib.core.tokens import Batch, PromptTokenizer, TokenRows
 
 CHUNK = 2048  # sentences that are encoded together and then stored: what an interrupt can cost
-# What is computed together: the `TokenRows` of one template and one chunk of texts, and which of them form a batch
-# (list[list[int]]).
+# Computed together: the `TokenRows` of one template and one chunk of texts, and its batches, lists of rows' numbers.
 Pass = namedtuple("Pass", "rows batches")
 
 
 @dataclass(eq=False, repr=False)
 class SentenceEncoder:
-    """Embeddings of sentences from a frozen causal language model. An encoder is four choices on a backbone.
+    """Embeddings of sentences from a frozen causal language model. An encoder is four choices on a backbone. Raises
+    `ValueError` for an unknown prompt or pooling, a layer that does not exist, a method that does not suit the prompt
+    or the model, and for no method on a prompt whose template holds a placeholder.
 
     Args:
-        backbone: from `load_backbone`; several encoders can share it.
-        prompt: a name in `lib.core.prompts.PROMPTS`, or a `Prompt`.
+        backbone: from `load_backbone`; encoders can share it. prompt: a `Prompt` or its name in `PROMPTS`.
         method: what is changed inside the forward pass; None is the baseline. An object as `TokenPrepending` is, with
             `attach(backbone, batch)`, a context manager in which forward passes on the batch run with it, and which
             leaves nothing behind; `describe()`, it as plain data; and where needed `templates(prompt)`, the prompt's
             with its placeholders, and `check(backbone)`, which both raise `ValueError` if it does not suit them.
         exit_layer: which state is the embedding, as `Backbone` counts them. Later blocks are not run.
-        pooling: a `Pooling` or its name, such as `"last"` or `"mean"`; None takes the prompt's own.
-        postprocess: what is done to finished embeddings (`lib.core.postprocess`); None leaves them as they are.
+        pooling: a `Pooling` or its name; None takes the prompt's own. postprocess: one of `lib.core.postprocess`.
         max_length: tokens, prompt included; longer sentences are cut, with a warning.
         batch_size: at most so many sentences in a batch, unless `encode` is told otherwise; None: as its tokens allow.
-        share_prefix: run the part of the prompt before the sentence once and not for every sentence.
-        store: an `EmbeddingStore`; embeddings found there are not computed again.
-
-    Raises `ValueError` for an unknown prompt or pooling, a layer that does not exist, a method that does not suit the
-    prompt or the model, and for no method on a prompt whose template holds a placeholder."""
+        share_prefix: run what stands before the sentence once. store: an `EmbeddingStore`, to compute nothing twice."""
 
     backbone: Backbone
     prompt: str | Prompt = "prompteol"
@@ -84,15 +78,13 @@ class SentenceEncoder:
                show_progress_bar: bool | None = None, convert_to_numpy: bool = True,
                normalize_embeddings: bool = False) -> np.ndarray | torch.Tensor:
         """Embed a list of sentences, or one string, at the exit layer: float32 (sentences, hidden), or (hidden,).
+        Raises `ValueError` for an empty list or a batch size below 1, `TypeError` for an item that is not a string, and
+        `FloatingPointError` for a state that is not finite (float16 overflows in some models).
 
         Args:
             batch_size: at most so many sentences in a batch; None takes the encoder's.
             show_progress_bar: None shows one when there are more than 1,000 sentences to compute.
-            convert_to_numpy: a numpy array if true, else a torch tensor on the CPU.
-            normalize_embeddings: scale each embedding to length 1.
-
-        Raises `ValueError` for an empty list or a batch size below 1, `TypeError` for an item that is not a string, and
-        `FloatingPointError` for a state that is not finite (float16 overflows in some models)."""
+            convert_to_numpy: else a torch tensor on the CPU. normalize_embeddings: scale each embedding to length 1."""
         if isinstance(sentences, str):
             return self.encode([sentences], batch_size, show_progress_bar, convert_to_numpy, normalize_embeddings)[0]
         (embeddings,) = self.encode_layers(sentences, [self.exit_layer], batch_size, show_progress_bar).values()
@@ -104,7 +96,7 @@ class SentenceEncoder:
         """Embed sentences at several layers in one pass: layer as given (a -1 stays -1) -> float32 (sentences, hidden).
         Arguments and errors as in `encode`; besides, `ValueError` for another layer than the one of the postprocess."""
         sentences, batch_size = check_texts(sentences), self.batch_size if batch_size is None else batch_size
-        if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        if batch_size is not None and (not isinstance(batch_size, (int, np.integer)) or batch_size < 1):
             raise ValueError(f"batch_size must be a whole number from 1 on (or None), got {batch_size!r}.")
         if not (index := {layer: self.backbone.layer_index(layer) for layer in layers}):
             raise ValueError("No layer was asked for: the list of layers is empty.")
@@ -135,7 +127,7 @@ class SentenceEncoder:
     def passes(self, sentences: Sequence[str], batch_size: int | None = None) -> list[Pass]:
         """What `encode` computes, template by template and chunk by chunk, without the computation."""
         parts = chunks(map(self.prompt.prepare, sentences))
-        return [self._pass(template, part, batch_size or self.batch_size) for template in self.templates for part in parts]
+        return [self._pass(template, part, batch_size) for template in self.templates for part in parts]
 
     def batch(self, rows: TokenRows, indices: Sequence[int]) -> Batch:
         """Some rows of a `Pass`, on the model's device."""
@@ -151,13 +143,12 @@ class SentenceEncoder:
         if not (self.share_prefix and rows.prefix and shares_prefix(self.backbone)):
             rows.prefix = 0
         lengths = [len(row) - rows.prefix for row in rows.ids]
-        return Pass(rows, token_batches(lengths, self.backbone.device, batch_size))
+        return Pass(rows, token_batches(lengths, self.backbone.device, batch_size or self.batch_size))
 
     def _stored_or_computed(self, template: str, texts: list[str], layers: list[int], batch_size, bar: tqdm) -> dict:
-        """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored.
-
-        A key is of all that decides embeddings before the postprocess. The prompt's name does not, so that CK finds
-        what CoT and KE stored; all texts computed together do, because neighbours decide the rounding."""
+        """One chunk, layer -> float32 (texts, hidden): all from the store, or all computed together and stored. A key
+        is of what decides embeddings before the postprocess: of all texts, because neighbours decide the rounding, and
+        not of the prompt's name, so that CK finds what CoT and KE stored."""
         left_out = dict.fromkeys(("prompt", "templates", "exit_layer", "postprocess"))
         run = {"template": template, "texts": texts, "batch_size": batch_size, "code": self.code}
         about = self.describe() | left_out | run if self.store else {}
@@ -176,20 +167,19 @@ class SentenceEncoder:
         prefix = run_prefix(self.backbone, ids, max(layers)) if rows.prefix else None
         waiting = work.batches[processes.index() :: processes.count()][::-1]
         while waiting:
-            batch, states = waiting.pop(), None
+            batch = waiting.pop()
             try:
                 states = self.forward(self.batch(rows, batch), layers, prefix)
             except RuntimeError as error:
                 no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
                 if len(batch) == 1 or not no_memory:
                     raise
-            if states is None:  # outside `except`, whose error would keep the failed pass's activations alive
                 warnings.warn(f"Out of memory with {len(batch)} sentences in a batch; halving batches.", stacklevel=2)
                 middles = [((len(whole) + 1) // 2, whole) for whole in (*waiting, batch)]
                 waiting = [half for k, whole in middles for half in (whole[k:], whole[:k]) if half]
-            else:
-                done.append((batch, {n: pooled.float().cpu().numpy() for n, pooled in states.items()}))
-                bar.update(len(batch))
+                continue  # out of `except`, whose error keeps the failed pass's activations alive
+            done.append((batch, {n: pooled.float().cpu().numpy() for n, pooled in states.items()}))
+            bar.update(len(batch))
         batches, parts = zip(*processes.gather(done))
         back = np.argsort(np.concatenate(batches))
         states = {n: np.concatenate([part[n] for part in parts])[back] for n in parts[0]}
@@ -207,10 +197,8 @@ def check_texts(sentences: Sequence[str]) -> list[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"Sentence {i} is {type(text).__name__}, not a string: {text!r:.60}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"Sentence {i} holds half a character, which no tokenizer takes: {text!r:.60}") from None
+        if text.encode(errors="ignore").decode() != text:
+            raise ValueError(f"Sentence {i} holds half a character, which no tokenizer takes: {text!r:.60}")
     return texts
 
 

@@ -1,9 +1,6 @@
 """Run only the part of a model that is needed: chosen states, no block after the last of them, a shared prefix once.
-
 Hooks work on the *inputs* of the decoder blocks: in every architecture a block's input is a plain tensor, equal to
 `hidden_states[i]` of Hugging Face, while outputs differ in shape between families."""
-
-from __future__ import annotations
 
 import threading
 import warnings
@@ -19,7 +16,6 @@ from transformers import Cache, DynamicCache
 
 if TYPE_CHECKING:
     from lib.core.backbone import Backbone
-
 
 # Hooks belong to a model and not to a thread, so that passes of several threads, of whatever models, run one at a time.
 ONE_AT_A_TIME = threading.RLock()
@@ -53,7 +49,7 @@ def active(hooks: Iterable):
         yield
 
 
-def before_blocks(backbone: Backbone, indices: Iterable[int], hook: Callable):
+def before_blocks(backbone: "Backbone", indices: Iterable[int], hook: Callable):
     """While active, `hook(index, block, args, kwargs)` is a forward pre-hook of each of these decoder blocks."""
     return active(backbone.layers[i].register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i in indices)
 
@@ -78,12 +74,8 @@ def check_finite(states: torch.Tensor | np.ndarray, name: str, dtype: torch.dtyp
         raise FloatingPointError(f"{name} gives infinite or undefined states in {dtype}; load it with dtype='float32'.")
 
 
-class _Stop(Exception):
-    """Raised by our own hook to end a forward pass; each pass catches only its own instance."""
-
-
 @torch.inference_mode()
-def read_states(backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[int],
+def read_states(backbone: "Backbone", input_ids: torch.Tensor, layers: Iterable[int],
                 read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states, prefix: Cache | None = None,
                 **inputs) -> dict[int, torch.Tensor]:
     """One forward pass that stops after the last of the layers asked for: layer -> what `read` returned.
@@ -94,7 +86,7 @@ def read_states(backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[in
         read: takes a state (batch, tokens, hidden) and returns what to keep of it.
         inputs: handed to the model (`attention_mask` and `position_ids` where the padding is on the left)."""
     wanted = sorted({backbone.layer_index(n) for n in layers})
-    kept, stop = {}, _Stop()
+    kept, stop = {}, Exception("The last state that is wanted was read.")
 
     def keep(index, _, args, kwargs):
         kept[index] = read(block_input(args, kwargs))
@@ -109,7 +101,7 @@ def read_states(backbone: Backbone, input_ids: torch.Tensor, layers: Iterable[in
             if not hasattr(output, "last_hidden_state"):
                 raise UnsupportedModelError(f"{backbone.name} without its head gives a {type(output).__name__} only.")
             kept[backbone.num_layers] = read(output.last_hidden_state)
-        except _Stop as raised:
+        except Exception as raised:
             if raised is not stop:
                 raise
             stop.__traceback__ = None  # its frames would keep this pass's activations alive
@@ -134,13 +126,13 @@ class _Prefix(DynamicCache):
         return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], dim=-2) for old, new in joined)
 
 
-def probe_ids(backbone: Backbone) -> torch.Tensor:
+def probe_ids(backbone: "Backbone") -> torch.Tensor:
     """Eight tokens for a pass that looks at the model's structure, int64 (1, 8)."""
     return torch.arange(5, 13, device=backbone.device)[None] % backbone.embeddings.weight.shape[0]
 
 
 @torch.inference_mode()
-def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) -> Cache:
+def run_prefix(backbone: "Backbone", prefix_ids: torch.Tensor, last_layer: int) -> Cache:
     """Keys and values of `prefix_ids` (int64, tokens) in the blocks before state `last_layer`, for `read_states`. Under
     causal attention nothing after a prefix can change it, so one pass serves every text that begins with it."""
     cache = _Prefix()
@@ -151,7 +143,7 @@ def run_prefix(backbone: Backbone, prefix_ids: torch.Tensor, last_layer: int) ->
 
 
 @torch.inference_mode()
-def shares_prefix(backbone: Backbone) -> bool:
+def shares_prefix(backbone: "Backbone") -> bool:
     """Whether this model gives the same states when a prefix's keys and values are reused. Checked once per model; if
     not, it warns: embeddings are then computed from whole prompts, which is slower and just as right."""
     if "shares_prefix" not in vars(backbone):

@@ -13,9 +13,8 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
 
 
 def choose(dtype: str, device: str) -> tuple[torch.dtype, torch.device, str]:
-    """Dtype and device by names in torch or "auto" (CUDA where there is one, of several processes each its own, else
-    the CPU; and its `choose_dtype`), and why this dtype. Raises `ValueError` for an unknown dtype and for a device
-    that torch does not know or see."""
+    """Dtype and device by names in torch or "auto" (CUDA, of several processes each its own, else the CPU; its dtype
+    by `choose_dtype`), and why this dtype. `ValueError` for an unknown dtype and a device that torch does not see."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

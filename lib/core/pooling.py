@@ -39,14 +39,13 @@ READS = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """What an encoder reads. One of your own is any object with `needs_span`, `read` and `describe`; where it
-    has `check(backbone)`, that is called before any method is attached.
+    """What an encoder reads, by a name in `READS` (`ValueError` for another). A pooling of your own has `needs_span`,
+    `read`, `describe` and, if wanted, `check(backbone)`, which is called before any method is attached.
 
-    Names are `"last"`, the state of the prompt's last token; `"mean"`, the mean state from the first token of the
-    sentence's last occurrence to the end of the prompt; and `"weighted_mean"`, where the k-th of those tokens weighs k,
-    counting from 1 (SGPT, arXiv 2202.08904). For models whose tokens attend to both sides, also `"all"`, the mean state
-    of all tokens, special tokens included; `"first"`, the first token's state; `"mask"`, the mask token's; `"pooler"`,
-    what the model's own pooler makes of the first token's last state. `ValueError` for another name."""
+    `"last"` is the state of the prompt's last token; `"mean"` the mean from the first token of the sentence's last
+    occurrence to the end of the prompt; `"weighted_mean"` that with weight k for the k-th token, from 1 (SGPT, arXiv
+    2202.08904). For models whose tokens attend to both sides: `"all"` is the mean of all tokens, special ones included;
+    `"first"` the first token; `"mask"` the mask token; `"pooler"` what the pooler makes of the first's last state."""
 
     name: str
 
@@ -67,5 +66,4 @@ class Pooling:
         return read_states(backbone, batch.ids, layers, lambda states: pick(states, batch, backbone), prefix)
 
     def describe(self) -> dict:
-        """The pooling as plain data."""
         return {"pooling": self.name}

@@ -1,5 +1,4 @@
-"""What is done to finished embeddings, fitted on stated texts or the model alone and never on texts that are evaluated.
-The principal components follow arXiv 2406.17378 and its official code, which does not centre first."""
+"""What is done to finished embeddings, fitted on stated texts or the model alone, never on texts that are evaluated."""
 
 import hashlib
 import json
@@ -11,10 +10,8 @@ from lib.core.backbone import Backbone
 
 
 class Postprocess:
-    """Called with embeddings, float32 (texts, hidden), it returns them changed.
-
-    It may hold a vector (hidden,) or a matrix (hidden, kept), and numbers. `fitted_on` says in words on what; it goes
-    into the provenance. What was fitted can be saved, and loaded by `load_postprocess`."""
+    """Called with embeddings, float32 (texts, hidden), it returns them changed. It may hold a vector (hidden,) or a
+    matrix (hidden, kept), and numbers. `fitted_on` says in words on what, for the provenance."""
 
     def __init__(self, vector: np.ndarray = (), fitted_on: str = "", **numbers: float):
         self.vector, self.fitted_on, self.numbers = np.asarray(vector, np.float64), fitted_on, numbers
@@ -26,7 +23,7 @@ class Postprocess:
         return {"postprocess": type(self).__name__, "vector": digest, **self.numbers, **about}
 
     def save(self, path: Path) -> None:
-        """Write it to one `.npz` file."""
+        """Write it to one `.npz` file, which `load_postprocess` reads."""
         np.savez(path, vector=self.vector, about=json.dumps(self.describe()))
 
 
@@ -54,7 +51,7 @@ class ComponentRemoved(Postprocess):
 
     @classmethod
     def fit(cls, embeddings: np.ndarray, fitted_on: str = "") -> "ComponentRemoved":
-        """The first principal component u_1 of embeddings (texts, hidden), not centred (arXiv 2406.17378)."""
+        """The first principal component u_1 of (texts, hidden), not centred, as in the code of arXiv 2406.17378."""
         return cls(principal_components(embeddings)[0][0], fitted_on)
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
@@ -77,13 +74,12 @@ class MeanDirectionRemoved(ComponentRemoved):
 
 
 class EmbedFilter(Postprocess):
-    """Projects states after the final norm on the middle of the unembedding's spectrum, float32 (texts, hidden / tau).
-    Fitted on the model alone (arXiv 2606.07502)."""
+    """Projects states after the final norm on the middle of the unembedding's spectrum, float32 (texts, hidden/tau)."""
 
     @classmethod
     def fit(cls, backbone: Backbone, tau: int = 2) -> "EmbedFilter":
-        """Keep hidden / tau right singular vectors of the unembedding matrix (vocabulary, hidden), the same number of
-        them dropped at either end of the spectrum. `ValueError` unless 1 <= tau <= hidden."""
+        """Keep, of the model alone (arXiv 2606.07502), hidden / tau right singular vectors of the unembedding matrix
+        (vocabulary, hidden), with as many dropped at either end. `ValueError` unless 1 <= tau <= hidden."""
         weight = backbone.unembedding.weight.detach()
         hidden = weight.shape[1]
         if not 1 <= tau <= hidden:
@@ -121,11 +117,9 @@ def load_postprocess(path: Path) -> Postprocess:
 
 
 def principal_components(embeddings: np.ndarray, centre: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Singular value decomposition of embeddings (texts, hidden), less their mean if `centre`.
-
-    Returns the orthonormal right singular vectors u_1, u_2, ... as rows, float64 (components, hidden), and the singular
-    values, float64, largest first. The sign of a component is free; here the texts' mean lies on its positive side, so
-    that a negative change along it means less of what all texts share."""
+    """Singular value decomposition of embeddings (texts, hidden), less their mean if `centre`: the right singular
+    vectors u_1, u_2, ... as rows, float64 (components, hidden), and the singular values, float64, largest first. The
+    sign is free; here the texts' mean is on the positive side, so that less of u_1 is less of what all texts share."""
     embeddings = np.asarray(embeddings, np.float64)
     mean = embeddings.mean(axis=0)
     _, values, components = np.linalg.svd(embeddings - mean if centre else embeddings, full_matrices=False)

@@ -1,5 +1,4 @@
-"""Several processes that run one program and share its encoding: by `accelerate launch` or `run_all.sh --processes N`,
-which tell each process its number and how many there are by the variables RANK and WORLD_SIZE."""
+"""Several processes that run one program and share its encoding: `accelerate launch` or `run_all.sh --processes N`."""
 
 import os
 from collections.abc import Callable, Iterable

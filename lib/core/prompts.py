@@ -7,8 +7,7 @@ import yaml
 
 SENTENCE = "{sentence}"
 PLACEHOLDER = "<PST>"
-# Where placeholders can stand: outside or inside the quotation marks, before or after the sentence, at the start.
-PLACES = ("before_quote", "start", "in_quote", "after_text")
+PLACES = ("before_quote", "start", "in_quote", "after_text")  # where placeholders can stand
 
 
 def clean_sentence(sentence: str) -> str:
@@ -23,15 +22,14 @@ def clean_sentence(sentence: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One way to put a sentence before a model.
+    """One way to put a sentence before a model. Raises `TypeError` for a string in place of a tuple, `ValueError` for a
+    template without `{sentence}` or none.
 
     Args:
         templates: each holds `{sentence}`; the embeddings of several templates are averaged.
         pooling: how the embedding is read unless the encoder says otherwise, the name of a `lib.core.pooling.Pooling`.
         clean: whether the papers' sentence cleaning is applied first. source: where the prompt comes from.
-        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens.
-
-    Raises `TypeError` for a string in place of a tuple, `ValueError` for a template without `{sentence}` or none."""
+        before, after: tokens put around every prompt as ids, so that they never melt into the text's own tokens."""
 
     name: str
     templates: tuple[str, ...]

@@ -1,10 +1,8 @@
 """Any encoder as a sentence-transformers model, `SentenceTransformer(modules=[TrainingFree(encoder)])`."""
 
-import json
 from dataclasses import asdict
-from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from sentence_transformers.sentence_transformer.modules import InputModule
 
@@ -12,15 +10,15 @@ from lib.core.backbone import load_backbone
 from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import Postprocess, load_postprocess
 
-SETTINGS, POSTPROCESS, OWN = "training_free.json", "postprocess.npz", "lib."
-OPTIONS = ("exit_layer", "max_length", "share_prefix")
+POSTPROCESS, OWN = "postprocess.npz", "lib."
+OPTIONS = ("exit_layer", "max_length", "batch_size", "share_prefix")
 
 
 class TrainingFree(InputModule):
     """The one module of a `SentenceTransformer`, which does all that the encoder does, method and postprocess included.
+    `save_pretrained` writes settings and postprocess; the weights are loaded again by the model's name and revision."""
 
-    A prompt of sentence-transformers is put before the text, inside the encoder's own prompt. `save_pretrained` writes
-    settings and postprocess; the weights stay where they are, and are loaded again by the model's name and revision."""
+    config_file_name = "training_free.json"
 
     def __init__(self, encoder: SentenceEncoder):
         super().__init__()
@@ -28,7 +26,7 @@ class TrainingFree(InputModule):
         self.tokenizer, self.max_seq_length = encoder.backbone.tokenizer, encoder.max_length
 
     def preprocess(self, inputs, prompt: str | None = None, **_) -> dict:
-        """Texts stay texts: the encoder tokenises them in its own prompt."""
+        """Texts stay texts, after a prompt of sentence-transformers: the encoder puts both inside its own prompt."""
         return {"texts": [f"{prompt or ''}{text}" for text in inputs]}
 
     def forward(self, features: dict, **_) -> dict:
@@ -36,18 +34,14 @@ class TrainingFree(InputModule):
         states = self.encoder.encode(features["texts"], show_progress_bar=False, convert_to_numpy=False)
         return features | {"sentence_embedding": states.to(self.encoder.backbone.device)}
 
-    @cached_property
-    def _dimension(self) -> int:
-        return len(self.encoder.encode("A text."))
-
     def get_embedding_dimension(self) -> int:
         """How long an embedding is; EmbedFilter makes it shorter than the hidden size."""
-        return self._dimension
+        return len(self.encoder.encode("A text."))
 
     def __reduce__(self):  # to another process, which loads the model itself
-        return from_settings, (self.settings(), self.encoder.postprocess)
+        return from_settings, (self.get_config_dict(), self.encoder.postprocess)
 
-    def settings(self) -> dict:
+    def get_config_dict(self) -> dict:
         """All but the postprocess, as plain data. `ValueError` for a method or pooling of one's own."""
         encoder, backbone = self.encoder, self.encoder.backbone
         parts = {"prompt": encoder.prompt, "method": encoder.method, "pooling": encoder.pooling}
@@ -60,18 +54,16 @@ class TrainingFree(InputModule):
 
     def save(self, output_path: str, *_, **__) -> None:
         """Write what `load` needs to a folder."""
-        folder, postprocess = Path(output_path), self.encoder.postprocess
-        (folder / SETTINGS).write_text(json.dumps(self.settings(), indent=1), encoding="utf-8")
-        if postprocess:
-            postprocess.save(folder / POSTPROCESS)
+        self.save_config(output_path)
+        if self.encoder.postprocess:
+            self.encoder.postprocess.save(Path(output_path) / POSTPROCESS)
 
     @classmethod
     def load(cls, model_name_or_path: str, **options) -> "TrainingFree":
         """What `save` wrote, in a folder or on the hub."""
         where = {key: options[key] for key in ("token", "cache_folder", "revision", "local_files_only")}
-        files = [cls.load_file_path(model_name_or_path, name, **where) for name in (SETTINGS, POSTPROCESS)]
-        settings = json.loads(Path(files[0]).read_text(encoding="utf-8"))
-        return from_settings(settings, files[1] and load_postprocess(files[1]))
+        fitted = cls.load_file_path(model_name_or_path, POSTPROCESS, **where)
+        return from_settings(cls.load_config(model_name_or_path, **where), fitted and load_postprocess(fitted))
 
 
 def from_settings(settings: dict, postprocess: Postprocess | None) -> TrainingFree:
@@ -83,7 +75,6 @@ def from_settings(settings: dict, postprocess: Postprocess | None) -> TrainingFr
     for name, (kind, fields) in parts.items():
         if not kind.startswith(OWN):
             raise ValueError(f"The settings ask for {kind}, which is not of this package.")
-        module, _, attribute = kind.partition(":")
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        choices[name] = getattr(import_module(module), attribute)(**fields)
+        choices[name] = resolve_name(kind)(**fields)
     return TrainingFree(SentenceEncoder(backbone, postprocess=postprocess, **choices))

@@ -27,8 +27,7 @@ def is_fresh(path: Path, since: float) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever interrupts us. `OSError` if the disk is full. Of
-    several processes that run one program, only the main one writes."""
+    """Write a file, in the main process alone, whole or not at all. `OSError` if the disk is full."""
     if not processes.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Token Prepending (TP): each early block sees, in a placeholder before the sentence, a summary of all of it.
-
-Source: arXiv 2412.11556, section 4. In a causal model the first tokens of a sentence cannot see its end. Before each
-of the early blocks, TP writes the last token's state over a placeholder that every token of it attends to."""
+In a causal model the first tokens of a sentence cannot see its end. Before each of the early blocks, TP writes the last
+token's state over a placeholder that every token of it attends to (arXiv 2412.11556, section 4)."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +29,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class TokenPrepending:
-    """TP as a method of an encoder: an immutable choice, and the context manager that applies it.
+    """TP as a method of an encoder: an immutable choice, and the context manager that applies it. Raises `ValueError`
+    if start is negative or not below end, for an unknown init or place, and a count below 1.
 
     Args:
         start, end: 0-based block indices. Before block i, for start <= i < end, the last position's state is written
@@ -38,10 +38,7 @@ class TokenPrepending:
         init: a placeholder's vector at the embedding output: `"normal"` (standard normal, as the official code),
             `"zeros"`, `"ones"`, `"uniform"` (0 to 1), `"space"` (the space token's embedding) or a vector (hidden,).
         seed: of `"normal"` and `"uniform"`, which are drawn on the CPU, so that a seed means one vector everywhere.
-        place: where the placeholders stand, one of `PLACES`, in templates that do not say it themselves with `<PST>`.
-        count: how many placeholders stand there, all with the same vector.
-
-    Raises `ValueError` if start is negative or not below end, for an unknown init or place, and a count below 1."""
+        place, count: where placeholders of one vector stand (`PLACES`) and how many, unless a template has `<PST>`."""
 
     start: int = 1
     end: int = 7
@@ -53,18 +50,16 @@ class TokenPrepending:
     def __post_init__(self):
         if not 0 <= self.start < self.end or self.count < 1:
             raise ValueError(f"TP needs 0 <= start < end and at least one placeholder, got {self}.")
-        # Of this class and of those that are made from it, every field that is one of some words.
-        for name, kind in ((field.name, field.type) for field in fields(self) if get_origin(field.type) is Literal):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(choice or "''" for choice in get_args(kind))
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose from {known}.")
+        for field in fields(self):  # also those of a subclass
+            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
+                known = ", ".join(choice or "''" for choice in get_args(field.type))
+                raise ValueError(f"Unknown {field.name} {getattr(self, field.name)!r}; choose from {known}.")
         if not isinstance(self.init, str):  # a plain tuple keeps the method hashable and comparable
             object.__setattr__(self, "init", tuple(np.asarray(self.init, float).reshape(-1).tolist()))
         elif self.init not in INITS:
             raise ValueError(f"Unknown init {self.init!r}; choose from {', '.join(INITS)} or give a vector.")
 
     def describe(self) -> dict:
-        """The method as plain data, for provenance and fingerprints."""
         return {"method": type(self).__name__, **asdict(self)}
 
     def templates(self, prompt: Prompt) -> tuple[str, ...]:

@@ -33,9 +33,8 @@ class Batch:
 
 @dataclass
 class TokenRows:
-    """The token ids of many prompts made from one template, special tokens included, as lists with one item a row. The
-    fields are those of a `Batch`, with positions counted from the row's begin; `prefix` is how many leading tokens all
-    rows share and nothing that depends on the sentence can reach."""
+    """The token ids of many prompts made from one template, special tokens included, and the positions of a `Batch` in
+    the whole rows, one item a row; `prefix` leading tokens are the same in all rows, whatever the sentences."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -55,9 +54,8 @@ class TokenRows:
 
 class PromptTokenizer:
     """Tokenises prompts as a fast tokenizer of Transformers would to which the placeholder was added as one token, on
-    copies of the tokenizer. Text inside a sentence that spells a special token or the placeholder stays plain text. A
-    prompt has at most `max_length` tokens, with the tokens `before` and `after` that are put around it as ids;
-    `ValueError` if the vocabulary does not have these."""
+    copies of it. What in a sentence spells a special token or the placeholder stays plain text. A prompt has at most
+    `max_length` tokens, with those put around it, `before` and `after`: `ValueError` if the vocabulary lacks one."""
 
     def __init__(self, tokenizer, max_length: int, before: Sequence[str] = (), after: Sequence[str] = ()):
         self.tokenizer = tokenizer
@@ -113,14 +111,12 @@ class PromptTokenizer:
         """The sentences, where they do not fit shortened at a token boundary."""
         copies = template.count(SENTENCE)
         around = len(tokenizer(template.replace(SENTENCE, ""), **OPTIONS)["input_ids"])
-        # Tokens may split differently where the cut sentence meets the prompt.
-        room = (self.max_length - around - 4 * copies) // copies
+        room = (self.max_length - around - 4 * copies) // copies  # 4: tokens may split anew where they meet the prompt
         if room < 1:
             raise ValueError(f"max_length={self.max_length} leaves no room: the prompt alone has {around} tokens.")
-        # A token holds at least one byte, so short texts need no look.
-        suspects = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]
+        long = [i for i, sentence in enumerate(sentences) if len(sentence.encode()) > room]  # a token is a byte or more
         options = OPTIONS | {"add_special_tokens": False, "return_offsets_mapping": True}
-        found = tokenizer([sentences[i] for i in suspects], **options)["offset_mapping"] if suspects else ()
-        if ends := {i: offsets[room][0] for i, offsets in zip(suspects, found) if len(offsets) > room}:
+        found = tokenizer([sentences[i] for i in long], **options)["offset_mapping"] if long else ()
+        if ends := {i: offsets[room][0] for i, offsets in zip(long, found) if len(offsets) > room}:
             warnings.warn(f"{len(ends)} of {len(sentences)} sentences were cut to {room} tokens.", stacklevel=3)
         return [sentence[: ends.get(i)] for i, sentence in enumerate(sentences)]

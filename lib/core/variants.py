@@ -15,7 +15,8 @@ from lib.core.token_prepending import TokenPrepending
 
 @dataclass(frozen=True)
 class Variant(TokenPrepending):
-    """TP with one thing changed: a method like `TokenPrepending`, whose arguments it has beside these.
+    """TP with one thing changed: a method like `TokenPrepending`, whose arguments and errors it has beside these.
+    Raises `ValueError` for an unknown write, hide or open, and `"older"` with start 0.
 
     Args:
         write: what is written before block i. `"last"`: the last token's state that enters block i (the paper).
@@ -24,10 +25,7 @@ class Variant(TokenPrepending):
         resume: writing starts again before this block and stays on to the end; None: never.
         hide: no token attends to the placeholder (it keeps its place) in the blocks `"before"` start or `"after"` end.
         open: attention in the blocks start to end - 1 is not causal: tokens after the placeholder see the
-            `"last_token"`, or the whole `"sentence"` (without the prompt's closing words) sees all of itself.
-        closing: how many tokens follow the sentence, for `open="sentence"`; see `closing_tokens`.
-
-    Raises `ValueError` as `TokenPrepending`; also for an unknown write, hide or open, and `"older"` with start 0."""
+            `"last_token"`, or the whole `"sentence"` (but for `closing` tokens, see `closing_tokens`) all of itself."""
 
     write: Literal["last", "mean", "older", "same", "nothing"] = "last"
     resume: int | None = None
@@ -42,7 +40,6 @@ class Variant(TokenPrepending):
 
     @contextmanager
     def attach(self, backbone: Backbone, batch):
-        """As `TokenPrepending.attach`."""
         self.check(backbone)
         rows, targets = torch.arange(len(batch.last))[:, None], batch.placeholders.reshape(len(batch.last), -1)
         entered = {}  # block -> the last token's state that entered it

@@ -15,7 +15,7 @@ from lib.core.store import ROOT
 PAPER, FIGURES = ROOT / "data" / "paper", ROOT / "figures"
 KEYS = ["model", "method", "tp", "task", "metric"]
 # The papers' backbones, hub id -> name, their STS tables, and how far a metric's number may be off: see `paper.yaml`.
-PAPER_MODELS, STS_TABLES, TOLERANCE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
+PAPER_MODELS, STS_TABLES, TOLERANCE = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text("utf-8")).values()
 
 
 def read_paper(table: str) -> pd.DataFrame:

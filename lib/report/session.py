@@ -34,11 +34,11 @@ ABOUT = ("@... is the entry of that name under shared. results_read: how many of
 class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
     backbone, source, settings, store, and where: model, dtype and data in words.
-    `notebook` and `profile` name the provenance and the folder under `figures/`; `model` and `dtype` are as of
-    `load_backbone`, so is `device_map`, empty for none; `encoding` is batch_size (0 for none) and max_length, of encoders.
-    `context` is what the runner hands over: fresh_since, what was stored before this time, in seconds
-    of the epoch, does not count; log, a file that is told what was reused and how much memory it took; hub_unreachable,
-    why not to ask the hub; meeting, the file by which processes meet; parameters, all that were given."""
+    `notebook` and `profile` name the provenance and the folder under `figures/`; `model`, `dtype` and `device_map`,
+    empty for none, are as of `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context`
+    is what the runner hands over: fresh_since, what was stored before this time, in seconds of the epoch, does not
+    count; log, a file that is told what was reused and how much memory it took; hub_unreachable, why not to ask the
+    hub; meeting, the file by which processes meet; parameters, all that were given."""
 
     def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None,
                  device_map: str = "", **encoding):
@@ -65,7 +65,8 @@ class Session:
 
     def encoder(self, prompt="prompteol", method=None, exit_layer=-1, pooling=None, **options) -> SentenceEncoder:
         """A `SentenceEncoder` on the session's model and store."""
-        return SentenceEncoder(self.backbone, prompt, method, exit_layer, pooling, **{"store": self.store} | self.encoding | options)
+        options = {"store": self.store} | self.encoding | options
+        return SentenceEncoder(self.backbone, prompt, method, exit_layer, pooling, **options)
 
     def stored(self, name: str, compute: Callable[..., pd.DataFrame], *arguments, **settings) -> pd.DataFrame:
         """`compute(*arguments, **settings)`, a function of `lib`, from the result store where it has that. The key is
