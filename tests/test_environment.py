@@ -11,8 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib.core.store import ROOT
 from lib import colab
+from lib.core.store import ROOT
 
 # A conda or a Python that only notes what it was asked for, and puts a Python that does likewise where one would be.
 PYTHON = '#!/bin/sh\necho "python $*" >> "$LOG"\n'
