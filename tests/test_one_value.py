@@ -1,0 +1,54 @@
+"""One quantity has one value: what several published tables say of one model, prompt, way to read and data set."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from lib.data.sts import STS_TASKS
+from lib.report.session import FIGURES
+
+PROFILES = [path.parent for path in sorted(FIGURES.glob("*/provenance.json"))]
+LAST = {"prompt": "prompteol", "way": "baseline, last layer", "task": "STS-B"}
+WAYS = {"last layer": LAST["way"], "exit layer": "baseline, exit layer", "baseline": "baseline, exit layer",
+        "TP": "TP, exit layer"}
+# Notebook, table, the parameters that hold how many pairs and which seeds it is of, and which of its rows are meant.
+TABLES = [
+    ("01_sts_eval", "sts_scores", "sts_pairs", "seeds", lambda t: t.rename(columns={"variant": "way"})),
+    ("08_beyond_the_papers", "methods_sts_by_set", "sts_pairs", "", lambda t: t.rename(columns={"variant": "way"})),
+    ("03_layer_ablation", "ablation_confirmation", "sts_pairs", "seeds",
+     lambda t: t.rename(columns={"run": "way"}).assign(task="STS-B")),
+    ("04_alignment_analysis", "alignment_embedder_sts", "test_pairs", "",
+     lambda t: t[t["run"] == "PromptEOL"].assign(**LAST)),
+    ("07_concepts_and_instructions", "concepts_scores", "pairs_each", "", lambda t: t[
+        (t["method"] == "PromptEOL") & (t["measure"] == "cosine") & t["task"].str.startswith("STS-B")].assign(**LAST)),
+]
+
+
+def published(folder) -> pd.DataFrame:
+    """A row for each STS score that a profile shows: prompt, way, task, seeds, pairs, value, low, high."""
+    provenance, tables = json.loads((folder / "provenance.json").read_text()), []
+    for notebook, name, pairs, seeds, rows in TABLES:
+        if f"{name}.csv" not in provenance.get(notebook, {"artefacts": ()})["artefacts"]:
+            continue
+        section, table = provenance[notebook], rows(pd.read_csv(folder / f"{name}.csv"))
+        given = section["about"]["parameters"]
+        given = section["shared"][given] if isinstance(given, str) else given  # which may be the entry's name
+        if "STS-B" in table:  # a column for each data set, and the interval of their average
+            table = table.melt(["prompt", "way"], STS_TASKS, "task")
+        table = table.assign(pairs=given[pairs], seeds=str(given.get(seeds, [3407])), way=table["way"].replace(WAYS))
+        table["seeds"] = table["seeds"].where(table["way"].str.contains("TP|unwritten"), "")
+        tables.append(table.reindex(columns=["prompt", "way", "task", "seeds", "pairs", "value", "low", "high"]))
+    return pd.concat(tables, ignore_index=True).fillna({"pairs": float("inf")})
+
+
+@pytest.mark.parametrize("folder", PROFILES, ids=lambda folder: folder.name)
+def test_one_quantity_has_one_value(folder):
+    shown, compared = published(folder), 0
+    for what, rows in shown.groupby(["prompt", "way", "task", "seeds"]):
+        for pairs, same in rows.groupby("pairs"):
+            assert same["value"].max() - same["value"].min() < 1e-4, f"{what} on {pairs} pairs: {same['value'].tolist()}"
+            compared += len(same) > 1
+        known = rows.dropna(subset="low")
+        assert known["low"].max() <= known["high"].min() or known.empty, f"{what}: intervals that do not meet"
+    assert compared > 20, "only few quantities are shown twice: do the tables still have these names?"
