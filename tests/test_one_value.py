@@ -47,7 +47,7 @@ def test_one_quantity_has_one_value(folder):
     shown, compared = published(folder), 0
     for what, rows in shown.groupby(["prompt", "way", "task", "seeds"]):
         for pairs, same in rows.groupby("pairs"):
-            assert same["value"].max() - same["value"].min() < 1e-4, f"{what} on {pairs} pairs: {same['value'].tolist()}"
+            assert same["value"].max() - same["value"].min() < 1e-4, (what, pairs, same["value"].tolist())
             compared += len(same) > 1
         known = rows.dropna(subset="low")
         assert known["low"].max() <= known["high"].min() or known.empty, f"{what}: intervals that do not meet"
