@@ -47,10 +47,10 @@ def link(label: str, path: Path, folder: Path) -> str:
     return f"[{label}]({os.path.relpath(path, folder)})"
 
 
-def see(place: str | None, folder: Path) -> str:
-    if not place:
-        return "none"
+def see(place: str, folder: Path) -> str:
     number, _, section = place.partition(": ")
+    if not section:
+        return link(f"`{place}`", ROOT / place, folder)
     assert f"## {section}\n" in markdown(number), place
     return f"{link(number, NOTEBOOKS[number], folder)}, {section}"
 
@@ -94,16 +94,16 @@ def measured(row: dict, model: str) -> tuple[str, str]:
     if "count" in row:
         share = len(there.query(row["count"], engine="python")) / len(there)
         return f"{share * len(there):.0f} of {len(there)}", "shown" if share >= row.get("least", 1) else "not shown"
-    value, (word, limit, *_) = numbers(row["query"]), [*(row.get("rule") or "").split(), "", ""]
+    value, (word, limit, *_) = numbers(row["query"]), [*(row.get("rule") or "").split(), "0", "0"]
     if "minus" in row:
         value = [value[0] - numbers(row["minus"])[0]]
-    text, low, high = say(*value), value[-2:][0], value[-1]
+    text, low, high, bottom, top = say(*value), value[-2:][0], value[-1], float(limit), float(limit)
     if "against" in row:
         other = numbers(row["against"])
-        text, limit = f"{text} against {say(*other)}", other[2 if word == "above" else 1]
-    if len(value) < 3 or not word:
+        text, bottom, top = f"{text} against {say(*other)}", *other[1:]
+    if len(value) < 3 or not row.get("rule"):
         return text, "measured" if len(value) == 3 else "no interval"
-    side = int(low > float(limit)) - int(high < float(limit))
+    side = int(low > top) - int(high < bottom)
     if word == "same":
         return text, "differs" if side else "no difference shown"
     return text, ("not shown", "shown", "the opposite")[side * (1 if word == "above" else -1)]
@@ -131,7 +131,7 @@ def claims(name: str, folder: Path) -> str:
 
 def coverage(_, folder: Path) -> str:
     """Each published number counts once: as `python -m lib.report.paper` has it or, beside that, as another model's."""
-    files = [file for file in sorted(FIGURES.glob("*/*_beside_paper.csv")) if "metric" in (pd.read_csv(file, nrows=0))]
+    files = [file for file in sorted(FIGURES.glob("*/*_beside_paper.csv")) if "metric" in pd.read_csv(file, nrows=0)]
     ours = pd.concat(pd.read_csv(file).dropna(subset="ours").assign(profile=file.parent.name) for file in files)
     explained = pd.read_csv(ROOT / "configs" / "explanations.csv", dtype=str, keep_default_na=False)
     rows = paper.comparison(ours, explained)
@@ -180,11 +180,11 @@ def index(_, folder: Path) -> str:
 
 
 def notebooks(_, folder: Path) -> str:
-    pattern, lines = r"Run shown:\*\* profile `(\w+)`.*?([\d.]+) minutes and ([\d.]+) GB.*?(\d+ CPU core)", []
+    pattern, lines = r"Run shown:\*\* profile `(\w+)`.*?([\d.]+) minutes and ([\d.]+) GB.*?(\d+) CPU core", []
     for number, question in PLAN["questions"].items():
         run, minutes, memory, cores = re.search(pattern, markdown(number)).groups()
         path = NOTEBOOKS[number]
-        lines.append([link(path.stem, path, folder), question, f"`{run}`: {minutes} minutes, {memory} GB, {cores}(s)"])
+        lines.append([link(path.stem, path, folder), question, f"`{run}`: {minutes} minutes, {memory} GB, {cores} core{'s' * (cores != '1')}"])
     return table("notebook | question | run that is shown", lines)
 
 

@@ -111,7 +111,7 @@ def test_every_model_of_the_paper_has_a_table_a_profile_and_settings(hub, profil
 
 
 def test_the_number_that_a_laptop_can_reproduce(tmp_path):
-    """OPT under its demonstration, at the last layer, read from a folder as from the hub; beside the published score."""
+    """OPT under its demonstration, at the last layer, from a folder as from the hub; beside the published score."""
     published = beside_paper(ICL.assign(value=67.3), sts_table("facebook/opt-125m"), "facebook/opt-125m", False)
     assert published["status"].tolist() == ["reproduced"]
     tiny = tiny_backbone("opt")
@@ -177,6 +177,7 @@ def test_a_claim_is_shown_by_its_whole_interval_and_says_what_was_not_run(monkey
     assert [said(n, rule="below 0")[1] for n in range(3)] == ["the opposite", "not shown", "shown"]
     assert [said(n, rule="same 0")[1] for n in range(3)] == ["differs", "no difference shown", "differs"]
     assert said(0, against="n == 2") == ("+1.0 (0.5 to 2.0) against -1.0 (-2.0 to -0.5)", "shown")
+    assert said(0, against="n == 1")[1] == "not shown" and said(2, against="n == 0")[1] == "the opposite"
     assert said(0, minus="n == 2") == ("+2.0", "no interval")
     assert said(0, count="difference > 2") == ("0 of 1", "not shown")
     assert said(0, "B") == said(7) == said(0, file="u.csv") == ("not run", "")
