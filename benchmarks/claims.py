@@ -184,7 +184,8 @@ def notebooks(_, folder: Path) -> str:
     for number, question in PLAN["questions"].items():
         run, minutes, memory, cores = re.search(pattern, markdown(number)).groups()
         path = NOTEBOOKS[number]
-        lines.append([link(path.stem, path, folder), question, f"`{run}`: {minutes} minutes, {memory} GB, {cores} core{'s' * (cores != '1')}"])
+        took = f"`{run}`: {minutes} minutes, {memory} GB, {cores} core{'s' * (cores != '1')}"
+        lines.append([link(path.stem, path, folder), question, took])
     return table("notebook | question | run that is shown", lines)
 
 
