@@ -26,7 +26,7 @@ from pathlib import Path
 from string import ascii_lowercase
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "figures" / "transformers_matrix.md"
+TABLE = ROOT / "benchmarks" / "transformers_matrix.csv"
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 SHARED = [f"{name}=={PINS[name]}" for name in ("torch", "numpy", "tqdm", "PyYAML", "pytest")]
 VERSIONS = [PINS["transformers"], "5.17.0", "5.0.0", "4.57.6", "4.56.2", "4.53.3", "4.51.3", "4.48.3", "4.45.2"]
@@ -83,18 +83,16 @@ def run_release(python: Path, families: list[str]) -> dict[str, str]:
     return {family: found.get(family, f"no: {reason or 'not reached'}") for family in families}
 
 
-def write_table(table: dict[str, dict[str, str]], families: list[str]) -> str:
-    """Families x releases as Markdown, with letters for the reasons, and as CSV with the reasons in the cells."""
-    reasons = list(dict.fromkeys(cell for row in table.values() for cell in row.values() if ": " in cell))
+def table_text(table: dict[str, dict[str, str]]) -> str:
+    """Release -> family -> what came out, as Markdown: families x releases, with letters for the reasons."""
+    families = [*next(iter(table.values()))]
+    cells = [table[version][family] for family in families for version in table]
+    reasons = list(dict.fromkeys(cell for cell in cells if ": " in cell))
     short = {reason: f"{reason.split(':')[0]} ({letter})" for letter, reason in zip(ascii_lowercase, reasons)}
     lines = ["| family | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
     lines += ["| " + " | ".join([f, *(short.get(row[f], row[f]) for row in table.values())]) + " |" for f in families]
     lines += ["", "`-`: the release does not have the family. `whole prompts`: right, but without a shared prefix.", ""]
     lines += [f"- {short[r]}: `{r.partition(': ')[2][:200]}`" for r in reasons]
-    TABLE.write_text("\n".join(lines) + "\n")
-    with open(TABLE.with_suffix(".csv"), "w", newline="") as file:
-        rows = ([family, *(row[family] for row in table.values())] for family in families)
-        csv.writer(file, lineterminator="\n").writerows([["family", *table], *rows])
     return "\n".join(lines)
 
 
@@ -114,7 +112,11 @@ def main() -> None:
             venv = make_venv(folder / version, [f"transformers=={version}"], behind=shared)
             table[version] = run_release(venv / "bin" / "python", families)
             print(version, sum(cell == "yes" for cell in table[version].values()), "of", len(families), flush=True)
-        print(write_table(table, families))
+    with open(TABLE, "w", newline="", encoding="utf-8") as file:
+        rows = ([family, *(row[family] for row in table.values())] for family in families)
+        csv.writer(file, lineterminator="\n").writerows([["family", *table], *rows])
+    print(table_text(table))
+    print("\n`python -m benchmarks.claims` puts the table into benchmarks/README.md.")
 
 
 if __name__ == "__main__":
