@@ -215,7 +215,7 @@ def test_ends_are_compared_with_the_best_one_and_effects_described_by_what_the_i
 def test_what_chance_would_find_and_how_many_items_show_a_difference():
     ends = {"difference_low": [0, 1, -3, -2, np.nan], "difference_high": [0, 3, 3, -1, 2]}
     table = pd.DataFrame({"low": 1.0, "high": 2.0} | ends)
-    assert effects.by_chance(table) == "2 of 3 intervals leave 0 out; if nothing differed, 5 % would by chance, about 0.1."
+    assert effects.by_chance(table) == "2 of 3 intervals leave 0 out; if nothing differed, 5 % would by chance, about 0.2."
     assert effects.by_chance(table[["low", "high"]]).startswith("5 of 5 intervals")
     # Half widths of 1 and 3 points from 50 items; a width half as large takes four times as many.
     assert "it takes 13 to 113 texts" in effects.items_needed(table[1:3], 50)

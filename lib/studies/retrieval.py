@@ -259,5 +259,5 @@ def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: Spars
         for method, seconds in measure(calls, rounds).items():
             ms, (operations, more, in_bytes) = ratio_quartiles(seconds, len(own) / 1000), work[method]
             rows.append((method, size, size > real, *ms, operations, operations + more, in_bytes))
-    names = ["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "operations with unembedding", "bytes"]
+    names = ["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "with unembedding", "bytes"]
     return pd.DataFrame(rows, columns=names)
