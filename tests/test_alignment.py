@@ -296,7 +296,7 @@ def test_variation_by_hand_and_of_what_only_moves_the_first_component():
     # The mean change is (-3, 1, 0). Squared norms: of the changes 6 and 30, of the mean one 10.
     assert spectrum.variation["component"].tolist() == [1, 2] and spectrum.v1 == -3
     np.testing.assert_allclose(spectrum.variation[["variation", "deviation"]], [[-3, 2], [1, 0]], atol=1e-12)
-    np.testing.assert_allclose(spectrum.variation[["share", "share_each"]], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
+    np.testing.assert_allclose(spectrum.variation[key_tokens.SHARES], [[9 / 10, 26 / 36], [1 / 10, 2 / 36]])
     assert spectrum.first.tolist() == [1, 0, 0] and spectrum.mean.tolist() == [1, 0.5, 0]
     assert spectrum.shift(0.5)(backbone).tolist() == [[0.5, 0, 0], [-1.5, 1, 0]]
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
@@ -305,11 +305,11 @@ def test_variation_by_hand_and_of_what_only_moves_the_first_component():
     states = np.random.default_rng(0).normal(size=(60, 5)) + 4
     target = states - 2.5 * principal_components(states)[0][0]
     np.testing.assert_allclose(Spectrum.between(states, target).shift()(states), target, atol=1e-5)
-    table = key_tokens.spectrum_stability({"m": states}, target, (20, 60, 500))
-    assert table["N"].tolist() == [20, 60, 20, 60] and table["centred"].tolist() == [False, False, True, True]
-    whole = table[(table["N"] == 60) & ~table["centred"]].iloc[0]
-    assert (whole["v_1"], whole["share"], whole["cosine"]) == pytest.approx((-2.5, 1, 1))
-    assert (table.loc[table["centred"], "share"] < 0.9).all()  # without the mean the first component points elsewhere
+    table = key_tokens.spectrum_stability({"m": (states, target), "back": (target, states)}, (20, 60, 500))
+    assert table["N"].tolist() == [20, 60] * 2 and table["change"].tolist() == ["m", "m", "back", "back"]
+    assert table.loc[1, ["v_1", "cosine", *key_tokens.SHARES]].tolist() == pytest.approx([-2.5, 1, 1, 1])
+    # Without the mean the first component points elsewhere.
+    assert (table[[f"{share}, centred" for share in key_tokens.SHARES]] < 0.9).all(axis=None)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -209,3 +209,13 @@ def test_ends_are_compared_with_the_best_one_and_effects_described_by_what_the_i
     table = pd.DataFrame({"prompt": ["a", "b", "c"], "difference_low": [1, -1, -3], "difference_high": [2, 1, -2]})
     text = "better for a; worse for c; no different as far as these items can tell for b."
     assert effects.describe_effects(table, "items").endswith(text)
+
+
+def test_what_chance_would_find_and_how_many_items_show_a_difference():
+    ends = {"difference_low": [0, 1, -3, -2, np.nan], "difference_high": [0, 3, 3, -1, 2]}
+    table = pd.DataFrame({"low": 1.0, "high": 2.0} | ends)
+    assert effects.by_chance(table) == "2 of 3 intervals leave 0 out; if nothing differed, 5 % would by chance, about 0.2."
+    assert effects.by_chance(table[["low", "high"]]).startswith("5 of 5 intervals")
+    # Half widths of 1 and 3 points from 50 items; a width half as large takes four times as many.
+    assert "it takes 13 to 113 texts" in effects.items_needed(table[1:3], 50)
+    assert "it takes 50 to 450 texts" in effects.items_needed(table[1:3], 50, wanted=1)

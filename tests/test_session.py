@@ -19,6 +19,7 @@ from lib.report import figures_special as special
 from lib.report import results, session, settings
 from lib.report.figures import COLOURS, bands, bars, dots, heat_maps, set_style
 from lib.report.settings import load_settings, save_settings
+from lib.studies.key_tokens import SHARES
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def test_heat_maps_put_each_value_and_the_star_in_their_place():
 
 TOKENS = ["␣apple", "$5", "$a^$", "雪", "\\n", "<|im_end|>", "x_2^", "é\x00"]
 ROWS = pd.DataFrame({"token": TOKENS, "logit": range(8, 0, -1), "in_text": [True, False] * 4, "component": range(1, 9)})
-ROWS = ROWS.assign(gold=ROWS["logit"] / 2, similarity=0.5, variation=-9.0, deviation=3, share=0.8, share_each=0.4)
+ROWS = ROWS.assign(gold=ROWS["logit"] / 2, similarity=0.5, variation=-9.0, deviation=3, **dict.fromkeys(SHARES, 0.4))
 COST = every("score", method=["mean", "prompteol", "cot", "ke"], variant=["baseline, exit layer", "TP, exit layer"])
 COST = COST.assign(score=5 + COST.index / 20, low=1, high=10, front=COST.index < 3, cost=[1, 1.01, 1.02, 1.03] * 2)
 COST["lower quartile"] = COST["upper quartile"] = COST["cost"]

@@ -1,5 +1,6 @@
 """Sparse retrieval on the sample corpus and a tiny model: against dense numpy, and what each choice does."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -7,12 +8,13 @@ import pandas as pd
 import pytest
 from tiny_models import HIDDEN, tiny_backbone
 
+from lib.core.encoder import SentenceEncoder
 from lib.core.postprocess import principal_components
 from lib.data.retrieval import load_beir
 from lib.data.sources import DATA, DataSource
-from lib.evaluation.alignment import decode_logits
+from lib.evaluation.alignment import counted, decode_logits
 from lib.evaluation.retrieval import evaluate_retrieval
-from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
+from lib.evaluation.vocabulary import CONTENT_RULE, DEFAULT_RULE, text_tokens, token_classes
 from lib.studies import retrieval
 from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting
 
@@ -22,7 +24,7 @@ def encoded():
     data = load_beir("sample", DataSource("sample", DATA / "sample" / "beir"))
     generator, backbone = np.random.default_rng(0), tiny_backbone()
     sides = [generator.normal(size=(len(side), HIDDEN)).astype(np.float32) + 1 for side in (data.corpus, data.queries)]
-    return retrieval.EncodedSet(data, *sides, backbone, backbone.num_layers, (40, 8))
+    return retrieval.EncodedSet(data, *sides, backbone, backbone.num_layers, (40, 8), list(data.corpus["text"]))
 
 
 @pytest.mark.parametrize("m, weighting", product([0, 5], WEIGHTINGS))
@@ -65,7 +67,8 @@ def test_every_setting_and_every_way_to_rank_and_what_sparse_keeps(encoded):
     queries, setting = ids[11::-1], SparseSetting(40, 8)
     found = retrieval.all_rankings({"a": encoded, "b": encoded.without_first_component()}, "a", setting, queries)
     assert {label: kind for label, (kind, _) in found.items()} == {
-        "BM25": "BM25", "a, dense": "dense", "a, sparse": "sparse", "b, dense": "dense", "b, sparse": "sparse",
+        "BM25, cut documents": "BM25", "BM25, whole documents": "BM25", "a, dense": "dense", "a, sparse": "sparse",
+        "a, own words": "own words", "b, dense": "dense", "b, sparse": "sparse", "b, own words": "own words",
         "a, dense + sparse": "fused", "a, sparse + BM25": "fused", "a, dense + BM25": "fused"}
     assert list(found["a, sparse"][1]) == queries and found["a, sparse"][1] == encoded.sparse(setting, queries)
     assert found["a, dense"][1][queries[1]] == encoded.dense(ids)[queries[1]]
@@ -74,6 +77,32 @@ def test_every_setting_and_every_way_to_rank_and_what_sparse_keeps(encoded):
     sparse, dense = ([runs[f"{method}, {kind}"]["nDCG@10"].mean() for method in "ab"] for kind in ("sparse", "dense"))
     assert kept["dense"].tolist() == pytest.approx(dense)
     assert kept["kept"].tolist() == pytest.approx(np.divide(sparse, dense))
+
+
+def test_own_words_against_dense_numpy(encoded):
+    """Both sides weigh only what they say themselves, and nothing that the encoder did not read."""
+    read = [text[:40] for text in encoded.read]
+    of, classes = replace(encoded, read=read), counted(encoded.decoder, CONTENT_RULE)
+    sides = []
+    for states, texts in ((of.documents, read), (of.queries, of.data.queries["text"])):
+        logits = decode_logits(of.decoder, states)
+        sides.append(np.zeros_like(logits))
+        for row, tokens in enumerate(text_tokens(of.decoder.tokenizer, texts, classes)):
+            for token in tokens:
+                sides[-1][row, token] = np.log1p(max(0, logits[row, classes == token].max()))
+    queries, place = of.data.queries["id"][5:1:-1], {d: k for k, d in enumerate(of.data.corpus["id"])}
+    for query, found in of.own_words(queries).items():
+        scores = sides[0] @ sides[1][of.data.queries["id"].index(query)]
+        best = np.sort(scores[scores > 0])[::-1][: len(found)]
+        np.testing.assert_allclose(scores[[place[d] for d in found]][: len(best)], best, rtol=1e-4)
+
+
+def test_documents_are_kept_as_far_as_they_are_read(data):
+    encoder = SentenceEncoder(tiny_backbone(), "prompteol", max_length=40)
+    with pytest.warns(UserWarning, match="were cut"):
+        read = retrieval.encode_set(encoder, data, encoder.backbone, (5, 1)).read
+    whole = list(map(encoder.prompt.prepare, data.corpus["text"]))
+    assert all(text.startswith(part) for text, part in zip(whole, read, strict=True)) and read != whole
 
 
 def test_the_smallest_index_that_is_good_enough_is_chosen():
@@ -137,5 +166,7 @@ def test_costs_grow_with_the_collection(encoded):
     assert growth["synthetic"].tolist() == [False, False, True, True, True, True]
     sparse, dense = (growth[growth["method"] == method] for method in ("sparse", "dense"))
     assert dense["operations"].tolist() == [size * HIDDEN for size in sizes]
+    once = growth["with unembedding"] - growth["operations"]
+    assert sorted(set(once)) == [0, HIDDEN * tokens.vocabulary] and not once[growth["method"] == "dense"].any()
     np.testing.assert_allclose(sparse["operations"].iloc[2] / sparse["operations"].iloc[0], 40, rtol=0.25)
     assert dense["bytes"].tolist() == [4 * HIDDEN] * 3 and sparse["bytes"].iloc[2] == pytest.approx(6 * 8, rel=0.1)

@@ -33,9 +33,9 @@ class TokenRule:
 RULES = {
     "exact ids (official code)": TokenRule(special=True, merge_space=False, merge_case=False),
     "no special tokens": TokenRule(merge_space=False, merge_case=False),
-    "and spaces merged": TokenRule(merge_case=False),
-    "and case merged": TokenRule(),
-    "and content words only": TokenRule(function_words=False)}
+    "spaces merged": TokenRule(merge_case=False),
+    "spaces and case merged": TokenRule(),
+    "content words only": TokenRule(function_words=False)}
 OFFICIAL_RULE, _, _, DEFAULT_RULE, CONTENT_RULE = RULES.values()
 
 

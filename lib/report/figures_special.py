@@ -77,18 +77,18 @@ def similarity_by_kind(pairs: pd.DataFrame, title: str):
         y = means.index.get_indexer(table["kind"]) + np.random.default_rng(0).uniform(-0.2, 0.2, len(table))
         axis.scatter(table["value"], y, s=11, alpha=0.6, lw=0, c=table["kind"].map(colours))
         axis.plot(means, means.index, "|", color="black", ms=16, mew=2)
-        axis.set(xlabel=table["measure"].iloc[0], ylabel="", ylim=(len(means) - 0.5, -0.5))
+        axis.set_ylim(len(means) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
     return figure
 
 
 def variation_stems(variations: dict[str, pd.DataFrame], title: str):
-    """v_i, an embedder's change along the backbone's first 40 components: a panel for each method. `variations`: method
-    -> columns component, variation, deviation, share and share_each, a row for each component."""
+    """v_i, a change along the first 40 components of what changes: a panel for each change. `variations`: its name
+    -> columns component, variation, deviation, of mean change, of texts' changes; a row for each component."""
     whole = pd.concat(variations, names=["method"]).reset_index("method").query("component <= 40")
-    text = "$v_1$ = {variation:.1f}\n{share:.0%} of the mean change,\n{share_each:.0%} of the texts' changes"
+    text = "$v_1$ = {variation:.1f}\n{of mean change:.0%} of mean change,\n{of texts' changes:.0%} of texts' changes"
     keys = [key("first component", VERMILION), key("others", BLUE), key("standard deviation of texts", "0.65", lw=0.8)]
-    figure, parts = panels(whole, "method", title=title, keys=keys, xlabel="component $i$ of the backbone",
+    figure, parts = panels(whole, "method", title=title, keys=keys, xlabel="component $i$ of what changes",
                            ylabel="variation $v_i$", height=2.9)
     for axis, table in parts:
         first, colours = text.format_map(table.iloc[0]), [VERMILION] + [BLUE] * (len(table) - 1)

@@ -1,5 +1,6 @@
-"""TP's effect (notebooks 01, 02), from tables of items: a prompt's variants side by side, TP's ends beside the best."""
+"""TP's effect (notebooks 01, 02): a prompt's variants, TP's ends beside the best; and what many intervals tell."""
 
+import numpy as np
 import pandas as pd
 
 from lib.evaluation.intervals import Statistic, compare
@@ -67,3 +68,23 @@ def describe_effects(effects: pd.DataFrame, items: str = "pairs") -> str:
     groups = {"better": better, "worse": worse, f"no different as far as these {items} can tell": ~better & ~worse}
     parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
     return f"With TP the average is {'; '.join(parts)}."
+
+
+def by_chance(table: pd.DataFrame) -> str:
+    """One sentence on many comparisons: how many of a table's 95 % intervals (difference_low to difference_high, else
+    low to high) leave 0 out, and how many would by chance. What is compared with itself or has none does not count."""
+    start = "difference_" * ("difference_low" in table)
+    ends = table[[f"{start}low", f"{start}high"]].dropna()
+    low, high = ends[(ends != 0).any(axis=1)].to_numpy().T
+    found = f"{np.sum((low > 0) | (high < 0))} of {len(low)} intervals leave 0 out"
+    return f"{found}; if nothing differed, 5 % would by chance, about {0.05 * len(low):.1f}."
+
+
+def items_needed(effects: pd.DataFrame, items: int, wanted: float = 2.0) -> str:
+    """One sentence on how many items show a difference of `wanted` points, from the width of the 95 % intervals of
+    `effects` (difference_low, difference_high, in points), which shrinks with the root of the number; now `items`."""
+    widths = effects["difference_high"] - effects["difference_low"]
+    few, many = np.ceil(items * (widths / 2 / wanted) ** 2).agg(["min", "max"]).astype(int)
+    return (f"At the measured spread it takes {few:,} to {many:,} texts of each task, by the row, until a difference "
+            f"of {wanted:g} points leaves 0 out of its 95 % interval (two-sided); here are {items}. So many find a true "
+            "difference of that size every second time, twice as many four times out of five.")

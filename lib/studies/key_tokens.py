@@ -21,6 +21,7 @@ from lib.evaluation.vocabulary import RULES
 
 Encoders, Spectra = dict[Hashable, SentenceEncoder], dict[str, "Spectrum"]
 MERGED, CONTENT = list(RULES)[-2:]  # case and spaces merged, as everywhere; and content words alone
+SHARES = ["of mean change", "of texts' changes"]
 STUDIED = ("Hit@10", "LAR", "Hit@10, content words", "LAR, content words")
 
 
@@ -66,8 +67,8 @@ class Spectrum:
     first: np.ndarray  # u_1 (see `principal_components`), float64 (hidden,)
     v1: float  # the mean change along it
     mean: np.ndarray  # of the encoder's embeddings, float64 (hidden,)
-    # Columns component (from 1); variation, v_i, the mean change along it; deviation, that over texts; share and
-    # share_each, its parts of the squared norms of the mean change and, summed, of the texts' own changes.
+    # Columns component (from 1); variation, v_i, the mean change along it; deviation, that over texts; and `SHARES`, of
+    # the squared norms of the mean change and, summed, of the texts' own changes, from 0 to 1.
     variation: pd.DataFrame
 
     @classmethod
@@ -81,8 +82,8 @@ class Spectrum:
         variation = along.mean(axis=0)
         table = pd.DataFrame({
             "component": range(1, len(components) + 1), "variation": variation, "deviation": along.std(axis=0),
-            "share": variation**2 / (change.mean(axis=0) ** 2).sum(),
-            "share_each": (along**2).sum(axis=0) / (change**2).sum()})
+            SHARES[0]: variation**2 / (change.mean(axis=0) ** 2).sum(),
+            SHARES[1]: (along**2).sum(axis=0) / (change**2).sum()})
         return cls(components[0], float(variation[0]), embeddings.mean(axis=0, dtype=np.float64), table)
 
     def shift(self, multiple: float = 1.0) -> ComponentShifted:
@@ -101,18 +102,19 @@ def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, 
     return table.assign(along=along - bias, rest=table["logit"] - (along - bias))
 
 
-def spectrum_stability(states: dict[str, np.ndarray], target: np.ndarray, sizes: Sequence[int]) -> pd.DataFrame:
-    """How much of the change from `states` (by method) to `target`, the embedder's, all embeddings (texts, hidden),
-    lies in the first component from the first N texts, uncentred and centred. Columns method, N, centred, v_1, share,
-    share_each (see `Spectrum`), and cosine with the uncentred first component of all texts."""
+def spectrum_stability(changes: dict[str, tuple[np.ndarray, np.ndarray]], sizes: Sequence[int]) -> pd.DataFrame:
+    """How much of a change, from embeddings (texts, hidden) to others of the same texts, lies along the first component
+    of the former, by their first N texts. `changes`: name -> both. Columns change, N, v_1, cosine (of u_1 with that of
+    all texts), and each of `SHARES` from 0 to 1, of uncentred and of centred embeddings."""
     rows = []
-    for method, embeddings in states.items():
+    for name, (embeddings, target) in changes.items():
         whole, _ = principal_components(embeddings)
-        for centred, n in product((False, True), sorted({min(size, len(embeddings)) for size in sizes})):
-            part = Spectrum.between(embeddings[:n], target[:n], centred)
-            shares = part.variation.loc[0, ["share", "share_each"]]
-            rows.append((method, n, centred, part.v1, *shares, abs(part.first @ whole[0])))
-    return pd.DataFrame(rows, columns=["method", "N", "centred", "v_1", "share", "share_each", "cosine"])
+        for n in sorted({min(size, len(embeddings)) for size in sizes}):
+            as_they_are, centred = (Spectrum.between(embeddings[:n], target[:n], centre) for centre in (False, True))
+            shares = [part.variation.loc[0, share] for share in SHARES for part in (as_they_are, centred)]
+            rows.append((name, n, as_they_are.v1, abs(as_they_are.first @ whole[0]), *shares))
+    names = [share + ending for share in SHARES for ending in ("", ", centred")]
+    return pd.DataFrame(rows, columns=["change", "N", "v_1", "cosine", *names])
 
 
 def shift_study(encoders: Encoders, spectra: Spectra, decoder: Backbone, texts, multiples, draws=200) -> pd.DataFrame:

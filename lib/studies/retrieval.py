@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from lib.evaluation import retrieval
 from lib.evaluation.alignment import counted, logit_chunks, mean_logits, top_tokens
 from lib.evaluation.intervals import compare, mean_of
 from lib.evaluation.retrieval import DEPTH, BM25Retriever, DenseRetriever, Ranking, best_first, evaluate_retrieval
-from lib.evaluation.vocabulary import DEFAULT_RULE, TokenRule, text_tokens
+from lib.evaluation.vocabulary import CONTENT_RULE, DEFAULT_RULE, TokenRule, text_tokens
 from lib.studies.cost import QUARTILES, measure, ratio_quartiles
 
 # What a document's token weighs, by its logit (minus the corpus mean, if that was taken off).
@@ -102,6 +102,7 @@ class EncodedSet:
     decoder: Backbone
     layer: int  # of the embeddings
     deepest: tuple[int, int]  # the highest K and M that tokens are kept for
+    read: list[str]  # the documents' texts as far as they were encoded: cleaned, and cut at the encoder's length
     _tokens: dict = field(default_factory=dict)
 
     def own(self, rule: TokenRule = DEFAULT_RULE) -> list[np.ndarray]:
@@ -124,6 +125,24 @@ class EncodedSet:
         retriever = SparseRetriever(self.data.corpus["id"], documents, setting)
         return retriever.search(queries, retriever.queries(self.own(rule), of_queries)[self._rows(queries)])
 
+    def own_words(self, queries: Sequence[str]) -> Ranking:
+        """The ranking of these queries (ids) by the rule of PromptReps (arXiv 2404.18424), without its limit of 128: a
+        text has only tokens of its own content words, a token weighs log(1 + logit), with negative logits as 0, and a
+        document's score is the sum over shared tokens of the product of both weights."""
+        documents = self._own_weights(self.documents, self.read).T
+        asked = self._own_weights(self.queries, self.data.queries["text"])[self._rows(queries)]
+        found = ((query, asked[i : i + 1] @ documents) for i, query in enumerate(queries))
+        return {query: best_first(self.data.corpus["id"], of.indices, of.data, DEPTH) for query, of in found}
+
+    def _own_weights(self, states: np.ndarray, texts: Sequence[str]) -> csr_array:
+        """The weights of `own_words` of texts and their embeddings (texts, hidden): float32 (texts, vocabulary)."""
+        own = text_tokens(self.decoder.tokenizer, texts, classes := counted(self.decoder, CONTENT_RULE))
+        logits = chain.from_iterable(logit_chunks(self.decoder, states, self.layer, classes))
+        parts = [(row[tokens].cpu().numpy(), tokens) for row, tokens in zip(logits, map(np.unique, own), strict=True)]
+        weights, ids = map(np.concatenate, zip(*parts))
+        starts = np.cumsum([0, *(len(tokens) for _, tokens in parts)])
+        return csr_array((WEIGHTS["log1p"](weights), ids, starts), (len(own), len(classes)))
+
     def dense(self, queries: Sequence[str]) -> Ranking:
         """The ranking of these queries (ids) by cosine similarity."""
         return DenseRetriever(self.data.corpus["id"], self.documents).search(queries, self.queries[self._rows(queries)])
@@ -143,21 +162,26 @@ class EncodedSet:
 
 def encode_set(encoder, data: RetrievalData, decoder: Backbone, deepest: tuple[int, int], documents=None) -> EncodedSet:
     """Encode a set; `documents` encodes its documents where an embedder has another prompt for them."""
-    sides = (documents or encoder).encode(data.corpus["text"]), encoder.encode(data.queries["text"])
-    return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest)
+    documents, texts = documents or encoder, data.corpus["text"]
+    read = documents.tokenize(documents.templates[0], list(map(documents.prompt.prepare, texts))).texts
+    sides = documents.encode(texts), encoder.encode(data.queries["text"])
+    return EncodedSet(data, *sides, decoder, encoder.exit_layer, deepest, read)
 
 
 def all_rankings(encoded: dict[str, EncodedSet], best: str, setting: SparseSetting, queries, rule=DEFAULT_RULE) -> dict:
-    """BM25, every method dense and sparse, and the method `best` fused: label -> kind and ranking of the queries (ids).
-    `encoded`: method -> the same set under its encoder. `setting` and `rule` are those of the sparse rankings."""
+    """BM25, every method dense, sparse and by own words, and `best` fused (with BM25 of whole documents): label -> kind
+    and ranking of the queries (ids). `encoded`: method -> the same set under its encoder; documents are cut as `best`
+    cuts them. `setting` and `rule` are those of the sparse rankings."""
     corpus, texts = encoded[best].data.corpus, dict(zip(*(encoded[best].data.queries[key] for key in ("id", "text"))))
-    bm25 = BM25Retriever(corpus["id"], corpus["text"])
-    found = {"BM25": ("BM25", bm25.search(queries, [texts[query] for query in queries]))}
+    asked, found = [texts[query] for query in queries], {}
+    for name, of in {"cut": encoded[best].read, "whole": corpus["text"]}.items():
+        found[f"BM25, {name} documents"] = "BM25", BM25Retriever(corpus["id"], of).search(queries, asked)
     for method, of in encoded.items():
         found[f"{method}, dense"] = "dense", of.dense(queries)
         found[f"{method}, sparse"] = "sparse", of.sparse(setting, queries, rule)
+        found[f"{method}, own words"] = "own words", of.own_words(queries)
     for one, two in (("dense", "sparse"), ("sparse", "BM25"), ("dense", "BM25")):
-        pair = [found[kind if kind == "BM25" else f"{best}, {kind}"][1] for kind in (one, two)]
+        pair = [found["BM25, whole documents" if kind == "BM25" else f"{best}, {kind}"][1] for kind in (one, two)]
         found[f"{best}, {one} + {two}"] = "fused", retrieval.reciprocal_rank_fusion(pair)
     return found
 
@@ -215,11 +239,11 @@ def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: Spars
                 query_tokens: AlignedTokens | None, query_embeddings: np.ndarray, sizes, rounds=5) -> pd.DataFrame:
     """What a search costs as the collection grows, with queries sent one at a time: columns method, documents,
     synthetic (bool), ms (of a query, from its tokens or embedding to its ranking, median of rounds) with quartiles,
-    operations (mean per query), bytes (per document, of the index or the embeddings). Operations are multiply-adds with
-    all embeddings, or an addition for each entry of the index that a query touches; one with m > 0 also goes through
-    the unembedding: hidden x vocabulary multiply-adds in any collection. Synthetic collections are all documents and
-    then some again, so that token frequencies stay; a million take 7 GB (K = 128, hidden size 576)."""
-    real, rows = len(embeddings), []
+    operations (mean per query), the same with unembedding, bytes (per document, of the index or the embeddings).
+    Operations are multiply-adds with all embeddings, or an addition for each entry of the index that a query touches.
+    With m > 0, unembedding a query takes hidden x vocabulary more. Synthetic collections are all documents and then
+    some again, so that token frequencies stay; a million take 7 GB (K = 128, hidden size 576)."""
+    real, rows, once = len(embeddings), [], embeddings.shape[1] * documents.vocabulary * (setting.m > 0)
     for size in sizes:
         generator, ids = np.random.default_rng(0), list(map(str, range(size)))
         chosen = (np.append(np.arange(real), generator.integers(0, real, size - real)) if size > real
@@ -228,11 +252,12 @@ def cost_growth(documents: AlignedTokens, embeddings: np.ndarray, setting: Spars
         dense, queries = DenseRetriever(ids, embeddings[chosen]), sparse.queries(own, query_tokens)
         sent = {"sparse": (sparse, queries), "dense": (dense, query_embeddings)}
         index_bytes = sum(getattr(sparse.index, part).nbytes for part in ("data", "indices", "indptr"))
-        work = {"sparse": ((queries @ sparse.frequency).mean(), index_bytes),
-                "dense": (dense.documents.size, dense.documents.nbytes)}
+        work = {"sparse": ((queries @ sparse.frequency).mean(), once, index_bytes / size),
+                "dense": (dense.documents.size, 0, dense.documents.nbytes / size)}
         calls = {method: lambda to=to, of=of: [to.search([""], of[i : i + 1]) for i in range(len(own))]
                  for method, (to, of) in sent.items()}
         for method, seconds in measure(calls, rounds).items():
-            ms, (operations, size_in_bytes) = ratio_quartiles(seconds, len(own) / 1000), work[method]
-            rows.append((method, size, size > real, *ms, operations, size_in_bytes / size))
-    return pd.DataFrame(rows, columns=["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "bytes"])
+            ms, (operations, more, in_bytes) = ratio_quartiles(seconds, len(own) / 1000), work[method]
+            rows.append((method, size, size > real, *ms, operations, operations + more, in_bytes))
+    names = ["method", "documents", "synthetic", "ms", *QUARTILES, "operations", "with unembedding", "bytes"]
+    return pd.DataFrame(rows, columns=names)
