@@ -67,3 +67,12 @@ def describe_effects(effects: pd.DataFrame, items: str = "pairs") -> str:
     groups = {"better": better, "worse": worse, f"no different as far as these {items} can tell": ~better & ~worse}
     parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
     return f"With TP the average is {'; '.join(parts)}."
+
+
+def describe_below(scores: pd.DataFrame, trivial: str) -> str:
+    """One sentence that names what scores below the prompt `trivial` on a task; columns prompt, variant, task, value."""
+    floor, parts = scores[scores["prompt"] == trivial].set_index("task")["value"], []
+    for task, of in scores[scores["value"] < scores["task"].map(floor)].groupby("task", sort=False):
+        every, names = len(of) == (scores["task"] == task).sum() - 1, of["prompt"] + " (" + of["variant"] + ")"
+        parts.append(f"on {task} ({floor[task]:.1f}) {'every row' if every else ', '.join(names)}")
+    return f"Below the {trivial}: {'; '.join(parts) or 'no row on any task'}."
