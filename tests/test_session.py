@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from tiny_models import tiny_backbone
 
 from lib.core import processes
@@ -284,7 +285,7 @@ def test_nothing_is_clipped_or_overlaps(name):
     head, key = figure._suptitle.get_window_extent(), figure.legends[0].get_window_extent()
     panels = [axis.get_tightbbox() for axis in figure.axes]
     titles = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
-    names = [text.get_window_extent() for axis in figure.axes for text in axis.texts if name == "pareto"]
+    names = [Text.get_window_extent(text) for axis in figure.axes for text in axis.texts if name == "pareto"]
     for box in [head, key, *panels]:
         assert min(box.x0, box.y0) > -2 and box.x1 < figure.bbox.x1 + 2 and box.y1 < figure.bbox.y1 + 2
     assert figure.bbox.width == 1350 and head.x0 < 20 and head.y0 > key.y1 and len({b.x1 // 99 for b in panels}) <= 4
