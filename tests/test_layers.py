@@ -209,6 +209,11 @@ def test_ends_are_compared_with_the_best_one_and_effects_described_by_what_the_i
     table = pd.DataFrame({"prompt": ["a", "b", "c"], "difference_low": [1, -1, -3], "difference_high": [2, 1, -2]})
     text = "better for a; worse for c; no different as far as these items can tell for b."
     assert effects.describe_effects(table, "items").endswith(text)
+    table = pd.DataFrame({"prompt": ["most", "a", "b"], "variant": "TP", "task": "MR", "value": [6, 7, 5.0]})
+    table = pd.concat([table, table.assign(task="CR", value=[8, 6, 7.0]), table.assign(task="SUBJ", value=[1, 3, 2.0])])
+    text = effects.describe_below(table, "most")
+    assert text == "Below the most: on MR (6.0) b (TP); on CR (8.0) every row."
+    assert effects.describe_below(table[table["task"] == "SUBJ"], "most") == "Below the most: no row on any task."
 
 
 def test_what_chance_would_find_and_how_many_items_show_a_difference():

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from tiny_models import tiny_backbone
 
 from lib.core import processes
@@ -236,14 +237,18 @@ def test_stacked_bars_follow_one_another_and_show_their_values():
     assert sorted(texts(axis.texts)) == ["", "40", "60", "98"]
 
 
-def test_heat_maps_put_each_value_and_the_star_in_their_place():
+def test_heat_maps_put_each_number_and_the_frame_in_their_place():
     table = every(prompt=["cot", "ke"], exit_layer=range(20, 25), start=[0, 1, 2], end=[1, 3]).query("start < end")
     figure = heat_maps(table, "end", "start", "value", "exit_layer", "prompt", ylabel="start", label="change", **TEXTS)
-    shown = [axis for axis in figure.axes if axis.images]
+    shown = [axis for axis in figure.axes if axis.texts]
     assert [len(shown), shown[1].get_title(), shown[0].get_ylabel()] == [10, "KE", "exit layer 20"]
     first = table.query("prompt == 'cot' and exit_layer == 20").set_index(["start", "end"])["value"]
-    cells, [[x], [y]] = shown[0].images[0].get_array(), shown[0].lines[0].get_data()
-    assert [cells[0, 0], cells[1, 1], cells[y, x]] == [first[0, 1], first[1, 3], first.max()] and cells.mask[1, 0]
+    written = {text.get_position(): text.get_text() for text in shown[0].texts}
+    assert written == {(x + 0.5, y + 0.5): f"{first[y, [1, 3][x]]:z.0f}" for x, y in ((0, 0), (1, 0), (1, 1), (1, 2))}
+    x, y = shown[0].patches[0].get_xy()
+    assert first[y, [1, 3][x]] == first.max() and shown[0].collections[0].get_clim() == shown[9].collections[0].get_clim()
+    axis, _ = heat_maps(every(x=[1, 2], y=["b", "a"]), "x", "y", "value", label="a", signed=False, **TEXTS).axes
+    assert texts(axis.get_yticklabels()) == ["b", "a"] and not axis.patches
 
 
 TOKENS = ["␣apple", "$5", "$a^$", "雪", "\\n", "<|im_end|>", "x_2^", "é\x00"]
@@ -280,7 +285,7 @@ def test_nothing_is_clipped_or_overlaps(name):
     head, key = figure._suptitle.get_window_extent(), figure.legends[0].get_window_extent()
     panels = [axis.get_tightbbox() for axis in figure.axes]
     titles = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
-    names = [text.get_window_extent() for axis in figure.axes for text in axis.texts if name == "pareto"]
+    names = [Text.get_window_extent(text) for axis in figure.axes for text in axis.texts if name == "pareto"]
     for box in [head, key, *panels]:
         assert min(box.x0, box.y0) > -2 and box.x1 < figure.bbox.x1 + 2 and box.y1 < figure.bbox.y1 + 2
     assert figure.bbox.width == 1350 and head.x0 < 20 and head.y0 > key.y1 and len({b.x1 // 99 for b in panels}) <= 4

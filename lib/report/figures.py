@@ -93,9 +93,9 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
         parts.append((axis, part[part[down] == row] if down else part))
         axis.set_title(fill(label(column, across), 80 // wide) if row == rows[0] else "")
         axis.set_ylabel(label(row, down) if column == columns[0] else "")
-    if log:
-        axes[0].set_xscale("log", subs=[])
-        axes[0].xaxis.set(major_locator=LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
+    for axis in axes if log else []:
+        axis.set_xscale("log", subs=[])
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
     for axis in axes[len(parts):]:
         axis.remove()
     for axis in axes[len(parts) - wide:len(parts)]:
@@ -202,20 +202,22 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
     return figure
 
 
-def heat_maps(table: pd.DataFrame, x: str, y: str, value: str, panel=None, panel_row=None, *, label: str, star=True,
-              **texts: str):
-    """A map of `value`, named `label`, over x and y for each panel; a star marks its highest value. Blue is above 0,
-    grey what was not measured. All share one scale, cut at the 95th percentile."""
-    xs, ys, limit = sorted(table[x].unique()), sorted(table[y].unique()), np.nanpercentile(table[value].abs(), 95)
-    keys = [key("highest of its panel", "black", marker="*", ls="", ms=8)] if star else []
-    figure, parts = panels(table, panel, panel_row, keys=keys, height=max(2, 0.5 + 0.2 * len(ys)), **texts)
+def heat_maps(table: pd.DataFrame, x: str, y: str, value: str, panel=None, panel_row=None, *, label: str, digits=0,
+              signed=True, **texts: str):
+    """A map of `value`, named `label`, over x and y in the table's order for each panel, with its number in each cell,
+    all on one scale. `signed`: that is cut at the 95th percentile, blue is above 0, a frame marks a panel's highest."""
+    xs, ys, values = table[x].unique(), table[y].unique(), table[value].dropna()
+    ends = np.array([-1, 1]) * np.percentile(values.abs(), 95) if signed else (values.min(), values.max())
+    keys = [key("highest of its panel", "black", marker="s", ls="", mfc="none", ms=8)] * signed
+    figure, parts = panels(table, panel, panel_row, keys=keys, height=max(2, 0.5 + 0.25 * len(ys)), **texts)
     for axis, part in parts:
-        cells = part.pivot(index=y, columns=x, values=value).reindex(index=ys, columns=xs)
-        image = axis.imshow(cells, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-        if star:
-            best = part.nlargest(1, value).iloc[0]
-            axis.plot(xs.index(best[x]), ys.index(best[y]), "k*", ms=9, mec="white", mew=0.6)
-        axis.set(xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys, facecolor="0.9")
-        axis.grid(False)
-    figure.colorbar(image, ax=[axis for axis, _ in parts], label=label, extend="both", extendfrac=0.04, aspect=30)
+        cells, name = part.pivot(index=y, columns=x, values=value).reindex(index=ys, columns=xs), axis.get_ylabel()
+        sns.heatmap(cells, vmin=ends[0], vmax=ends[1], cmap="RdBu" if signed else "Blues", annot=True, ax=axis,
+                    fmt=f"z.{digits}f", annot_kws={"size": 8}, cbar=False)
+        top, left = np.unravel_index(np.nanargmax(cells), cells.shape)
+        for tone, wide in {"white": 4, "black": 1.8}.items() if signed else ():  # one of them can be seen on any colour
+            axis.add_patch(plt.Rectangle((left, top), 1, 1, fill=False, ec=tone, lw=wide, zorder=3))
+        axis.set(xlabel="", ylabel=name, facecolor="0.9")
+        axis.tick_params(rotation=0)
+    figure.colorbar(axis.collections[0], ax=[axis for axis, _ in parts], label=label, aspect=30)
     return figure

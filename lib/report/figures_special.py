@@ -114,20 +114,29 @@ def attention_map(example: pd.DataFrame, by_block: pd.DataFrame, title: str):
     return figure
 
 
-def pareto(points: pd.DataFrame, *, title: str, xlabel: str, ylabel: str):
-    """Every method, by colour, in all its variants, by marker, and the front as a dashed line. `points`: method,
-    variant, cost, lower quartile, upper quartile, score, low, high, front (whether no other is as cheap and good)."""
+def pareto(points: pd.DataFrame, **texts: str):
+    """Left all points, a colour for each method and a marker for each variant; right those around the front, which has
+    its names. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (true or not)."""
     front, markers = points[points["front"]].sort_values("cost"), dict(zip(points["variant"].unique(), "soDv"))
     colours = {method: style["color"] for method, style in palette(points["method"]).items()}
-    keys = [key(label(method), color, lw=1.5) for method, color in colours.items()]
+    keys = [key(label(method), color) for method, color in colours.items()]
     keys += [key(label(variant), marker=marker, ls="") for variant, marker in markers.items()]
     keys += [key("Pareto front", "0.2", ls="--"), key("its 95 % intervals", "0.7", lw=1)]
-    figure, [(axis, _)] = panels(points, title=title, keys=keys, xlabel=xlabel, ylabel=ylabel, height=4.2, log=True)
-    axis.step("cost", "score", data=front, where="post", color="0.2", ls="--")
-    axis.vlines("cost", "low", "high", data=front, color="0.7", lw=1)
-    for (method, variant), table in points.groupby(["method", "variant"], sort=False):
-        axis.plot("cost", "score", markers[variant], data=table, color=colours[method], ms=6)
-        axis.hlines("score", "lower quartile", "upper quartile", data=table, color=colours[method])
-    for method, table in points.groupby("method"):
-        axis.plot("cost", "score", data=table, color=colours[method], lw=1, alpha=0.5)
+    both = pd.concat(points.assign(part=part) for part in ("all", "around the Pareto front"))
+    figure, parts = panels(both, "part", keys=keys, height=4.2, log=True, sharex=False, **texts)
+    for axis, _ in parts:
+        axis.step("cost", "score", data=front, where="post", color="0.2", ls="--")
+        for (method, variant), table in points.groupby(["method", "variant"], sort=False):
+            axis.plot("cost", "score", markers[variant], data=table, color=colours[method], ms=6)
+            axis.hlines("score", "lower quartile", "upper quartile", data=table, color=colours[method])
+    axis.vlines("cost", "low", "high", data=front, color="0.7", lw=1, zorder=1)
+    axis.set_xlim(0.98 * front["cost"].min(), 1.02 * front["cost"].max())
+    axis.set_xscale("linear")
+    bottom, top = axis.get_ylim()  # The names stand in a column at the right in the order of the scores, not too near.
+    apart = 0.055 * (top - bottom) * np.arange(len(front))
+    places = np.maximum.accumulate(front["score"] - apart) + apart
+    names = front["method"].map(label) + ", " + front["variant"].map(label)
+    line = {"arrowstyle": "-", "color": "0.5", "relpos": (0, 0.5)}
+    for name, *at, y in zip(names, front["cost"], front["score"], places - max(0, places.max() - top)):
+        axis.annotate(name, at, (1.04, y), size=8, va="center", textcoords=axis.get_yaxis_transform(), arrowprops=line)
     return figure

@@ -88,3 +88,12 @@ def items_needed(effects: pd.DataFrame, items: int, wanted: float = 2.0) -> str:
     return (f"At the measured spread it takes {few:,} to {many:,} texts of each task, by the row, until a difference "
             f"of {wanted:g} points leaves 0 out of its 95 % interval (two-sided); here are {items}. So many find a true "
             "difference of that size every second time, twice as many four times out of five.")
+
+
+def describe_below(scores: pd.DataFrame, trivial: str) -> str:
+    """One sentence that names what scores below the prompt `trivial` on a task; columns prompt, variant, task, value."""
+    floor, parts = scores[scores["prompt"] == trivial].set_index("task")["value"], []
+    for task, of in scores[scores["value"] < scores["task"].map(floor)].groupby("task", sort=False):
+        every, names = len(of) == (scores["task"] == task).sum() - 1, of["prompt"] + " (" + of["variant"] + ")"
+        parts.append(f"on {task} ({floor[task]:.1f}) {'every row' if every else ', '.join(names)}")
+    return f"Below the {trivial}: {'; '.join(parts) or 'no row on any task'}."

@@ -127,11 +127,12 @@ def ablations(backbone: Backbone, prompt: Prompt, tp: TokenPrepending, seeds: It
     families["initial vector"] |= {f"normal, seed {n}": {"seed": n} for n in seeds if n != tp.seed}
     again = sorted({tp.end + 1, tp.end + 3, depth // 2, depth - 6})
     families["resumed"] |= {f"again from block {at}": {"resume": at} for at in again if tp.end < at < depth}
+    inside = f"blocks {tp.start} to {tp.end - 1}" if tp.end - tp.start > 1 else f"block {tp.start} alone"
     for span, label in (("last_token", "last token"), ("sentence", "sentence")):
         opened = {"write": "nothing", "open": span, "closing": closing_tokens(backbone, prompt)}
         everywhere = opened | {"start": 0, "end": depth, "paper": f"attention=bidirectional;span={span}"}
         families["attention both ways, no TP"] |= {
-            f"{label}, all blocks": everywhere, f"{label}, blocks {tp.start} to {tp.end - 1}": opened}
+            f"{label}, all blocks": everywhere, f"{label}, {inside}": opened}
     if tp.start == 0:  # no block stands before the span
         del families["what is written"]["state one block older"], families["hidden"]["before the span"]
     rows = [Row("main", "TP", prompt, tp, ""), Row("main", "baseline", prompt, None, None)]
