@@ -159,17 +159,14 @@ def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
             study(SentenceEncoder(large, "prompteol", infinite), SENTENCES)
 
 
-def runs_with_accuracy(accuracies: dict, items: int = 200) -> dict[object, pd.DataFrame]:
-    """Tables of two tasks, in which the first items of each are right: as many as the accuracy says."""
-    table = pd.DataFrame({"item": range(items), "layer": 7})
-    of = {name: table.assign(correct=100.0 * (table["item"] < n / 100 * items)) for name, n in accuracies.items()}
-    return {name: pd.concat(right.assign(task=task) for task in "AB") for name, right in of.items()}
-
-
 def test_ends_and_effects_are_described_by_what_the_intervals_tell_apart():
-    def ends(*scores, items=200):
-        return effects.compare_ends(runs_with_accuracy(dict(zip((2, 8, 14), scores)), items), mean_of("correct"), 500)
-    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=10), ends(80, 70, 70, items=10)
+    def ends(*scores, items=400):
+        """Of each end the first items are right, as many as its score says."""
+        part = np.arange(items) / items
+        runs = {end: pd.DataFrame({"task": "A", "item": range(items), "correct": 100.0 * (part < score / 100)})
+                for end, score in zip((2, 8, 14), scores)}
+        return effects.compare_ends(runs, mean_of("correct"), 500)
+    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=20), ends(80, 70, 70, items=20)
     text, (low, high) = effects.describe_ends(far, near), far.loc[2, ["low", "high"]]
     assert f"is best at 14 (80.0, 95 % interval {low:.1f} to {high:.1f}) and STS-B dev is best at 2 (71.0" in text
     assert text.endswith("deeper for transfer, and paired intervals tell them apart on transfer and STS-B dev.")
