@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_hardware import in_float16
-from tiny_models import FAMILIES, after_last_block, build_tokenizer, tiny_backbone, untouched
+from tiny_models import FAMILIES, after_last_block, tiny_backbone, untouched
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
@@ -145,16 +145,6 @@ def test_token_texts_and_rules_by_hand(tokenizer):
     assert content[[DOG, OF_DOG, RUN, SEVEN]].tolist() == [DOG, DOG, RUN, SEVEN]
     with pytest.raises(ValueError, match="read-only"):
         token_classes(tokenizer, size, DEFAULT_RULE)[0] = 0
-
-
-def test_text_tokens_keep_repeats_and_drop_what_does_not_count():
-    bos, texts = build_tokenizer("bytes_bos"), ["The dog, the dog", ""]
-    exact, merged = (vocabulary.text_tokens(bos, texts, token_classes(bos, len(bos), rule))
-                     for rule in (OFFICIAL_RULE, DEFAULT_RULE))
-    assert [row.tolist() for row in exact] == [bos.encode(texts[0]), [bos.bos_token_id]]
-    assert len(merged[0]) == len(exact[0]) - 1 and len(merged[1]) == 0
-    [comma] = np.flatnonzero(np.isin(merged[0], bos.encode(",", add_special_tokens=False)))
-    assert merged[0][comma - 1] == merged[0][-1]
 
 
 def test_aligned_tokens_and_which_stand_in_the_text(tokenizer):
