@@ -7,11 +7,9 @@ import pandas as pd
 import pytest
 from tiny_models import HIDDEN, tiny_backbone
 
-from lib.core.postprocess import principal_components
 from lib.data.retrieval import load_beir
 from lib.data.sources import DATA, DataSource
 from lib.evaluation.alignment import decode_logits
-from lib.evaluation.retrieval import evaluate_retrieval
 from lib.evaluation.vocabulary import DEFAULT_RULE, text_tokens, token_classes
 from lib.studies import retrieval
 from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting
@@ -47,33 +45,6 @@ def test_rankings_are_those_of_dense_numpy(encoded, m, weighting):
         scores = weights[:, sorted(wanted)].sum(axis=1)
         best = np.sort(scores[scores != 0])[::-1][: len(found)]
         np.testing.assert_allclose(scores[[place[d] for d in found]], best, rtol=1e-3, atol=1e-4)
-
-
-def test_without_its_first_component(encoded):
-    bare, first = encoded.without_first_component(), principal_components(encoded.documents)[0][0]
-    assert np.abs(bare.documents @ first).max() < 1e-4 and np.abs(bare.queries @ first).max() < 1e-4
-    ids, setting = encoded.data.queries["id"][:5], SparseSetting(20, centred=False)
-    table = retrieval.common_part({"s": encoded}, setting, {"s": ids}, DEFAULT_RULE).set_index("logits")["s"]
-    assert table["first component removed"] == bare.score(bare.sparse(setting, ids)).mean()
-
-
-def test_every_setting_and_every_way_to_rank_and_what_sparse_keeps(encoded):
-    scores, ids = retrieval.setting_scores(encoded, [8, 40], [0, 8]), encoded.data.queries["id"]
-    assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS) and scores.columns.is_unique
-    one = encoded.score(encoded.sparse(SparseSetting(40, 8, idf=True), ids))
-    assert scores[40, 8, "(logit - mean) x idf"].tolist() == one.tolist()
-    queries, setting = ids[11::-1], SparseSetting(40, 8)
-    found = retrieval.all_rankings({"a": encoded, "b": encoded.without_first_component()}, "a", setting, queries)
-    assert {label: kind for label, (kind, _) in found.items()} == {
-        "BM25": "BM25", "a, dense": "dense", "a, sparse": "sparse", "b, dense": "dense", "b, sparse": "sparse",
-        "a, dense + sparse": "fused", "a, sparse + BM25": "fused", "a, dense + BM25": "fused"}
-    assert list(found["a, sparse"][1]) == queries and found["a, sparse"][1] == encoded.sparse(setting, queries)
-    assert found["a, dense"][1][queries[1]] == encoded.dense(ids)[queries[1]]
-    runs = {label: evaluate_retrieval(of, encoded.data.qrels).assign(task="s") for label, (_, of) in found.items()}
-    kept = retrieval.kept_of_dense(runs, ["a", "b"], draws=50).set_index("method")
-    sparse, dense = ([runs[f"{method}, {kind}"]["nDCG@10"].mean() for method in "ab"] for kind in ("sparse", "dense"))
-    assert kept["dense"].tolist() == pytest.approx(dense)
-    assert kept["kept"].tolist() == pytest.approx(np.divide(sparse, dense))
 
 
 def test_the_smallest_index_that_is_good_enough_is_chosen():
@@ -128,14 +99,3 @@ def test_index_size_and_operations_by_hand():
     settings = [SparseSetting(2, weight=weight, idf=True) for weight in ("logit", "log1p")]
     assert [SparseRetriever(["a", "b"], tokens, setting).index.nnz for setting in settings] == [4, 3]
     assert (tokens.ids == ids).all() and (tokens.values == values).all()
-
-
-def test_costs_grow_with_the_collection(encoded):
-    (tokens, of_queries), real = encoded.tokens(True), len(encoded.documents)
-    sizes, queries = [real, 10 * real, 40 * real], (encoded.own(), of_queries, encoded.queries)
-    growth = retrieval.cost_growth(tokens, encoded.documents, SparseSetting(k=6, m=2), *queries, sizes, rounds=1)
-    assert growth["synthetic"].tolist() == [False, False, True, True, True, True]
-    sparse, dense = (growth[growth["method"] == method] for method in ("sparse", "dense"))
-    assert dense["operations"].tolist() == [size * HIDDEN for size in sizes]
-    np.testing.assert_allclose(sparse["operations"].iloc[2] / sparse["operations"].iloc[0], 40, rtol=0.25)
-    assert dense["bytes"].tolist() == [4 * HIDDEN] * 3 and sparse["bytes"].iloc[2] == pytest.approx(6 * 8, rel=0.1)
