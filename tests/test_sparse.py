@@ -53,8 +53,10 @@ def test_every_setting_is_scored_and_the_first_component_taken_out(encoded):
     assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS)
     one = encoded.score(encoded.sparse(SparseSetting(40, 8, idf=True), ids))
     assert scores[40, 8, "(logit - mean) x idf"].tolist() == one.tolist()
+    encoded.tokens(False)  # which it keeps
     bare, first = encoded.without_first_component(), principal_components(encoded.documents)[0][0]
     assert np.abs(bare.documents @ first).max() < 1e-4 and np.abs(bare.queries @ first).max() < 1e-4
+    assert not np.array_equal(bare.tokens(False)[0].values, encoded.tokens(False)[0].values), "its tokens are its own"
 
 
 def test_the_smallest_index_that_is_good_enough_is_chosen():
