@@ -14,7 +14,7 @@ from benchmarks import gpu, gpu_cost, gpu_parity
 from lib import SentenceEncoder, TokenPrepending
 from lib.report.settings import Setting
 from lib.studies import cost
-from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, TP, TP_EXIT
+from lib.studies.cost import BASELINE, LAST, OPERATIONS, OTHER, PYTHON, QUARTILES, SAME, TP, TP_EXIT
 
 SETTING = Setting(TokenPrepending(1, 2), 3)
 SETTINGS = {"prompteol": SETTING, "ck": SETTING}
@@ -83,8 +83,6 @@ def test_time_is_booked_where_it_went(monkeypatch):
     times = {"aten::mm": 30, "aten::addmm": 20, "aten::copy_": 10, PYTHON: 25, "aten::view": 10, "a kernel": 5}
     events = [SimpleNamespace(key=name, self_cpu_time_total=time) for name, time in times.items()]
     rows = cost.contenders(["prompteol"], SETTINGS, True)
-    with pytest.raises(ValueError, match="prompteol"):  # to which all times are ratios
-        cost.contenders(["ck"], SETTINGS, True)
     with monkeypatch.context() as patch:
         patch.setattr(cost, "profile", lambda **_: nullcontext(SimpleNamespace(key_averages=lambda: events)))
         found = cost.time_shares(tiny_backbone(), rows[:1], SENTENCES[:1], SENTENCES)
@@ -97,6 +95,16 @@ def test_time_is_booked_where_it_went(monkeypatch):
         index="run", columns="group", values="share")
     assert {*shares.index} == {f"{way}, {variant}" for way in ("one by one", "batched") for variant in (BASELINE, TP)}
     assert shares.sum(axis=1).tolist() == pytest.approx([1] * 4) and (shares[PYTHON] > 0).all()
+
+
+def test_contenders_of_the_two_protocols():
+    settings = {"prompteol": SETTING, "ck": (ck := Setting(TokenPrepending(2, 3), 4))}
+    one_by_one, practical = ([(row.variant, row.exit_layer, row.method) for row in rows if row.name == "ck"]
+                             for rows in (cost.contenders(["prompteol", "ck"], settings, way) for way in (True, False)))
+    assert one_by_one == [(BASELINE, 3, None), (TP, 3, ck.method)], "all at PromptEOL's exit layer"
+    assert practical == [(LAST, -1, None), (SAME, 4, None), (TP_EXIT, 4, ck.method)]
+    with pytest.raises(ValueError, match="prompteol"):  # to which all times are ratios
+        cost.contenders(["ck"], SETTINGS, True)
 
 
 def test_cost_table_overhead_and_pareto_front_by_hand():

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from tiny_models import HIDDEN, tiny_backbone
 
+from lib.core.postprocess import principal_components
 from lib.data.retrieval import load_beir
 from lib.data.sources import DATA, DataSource
 from lib.evaluation.alignment import decode_logits
@@ -45,6 +46,17 @@ def test_rankings_are_those_of_dense_numpy(encoded, m, weighting):
         scores = weights[:, sorted(wanted)].sum(axis=1)
         best = np.sort(scores[scores != 0])[::-1][: len(found)]
         np.testing.assert_allclose(scores[[place[d] for d in found]], best, rtol=1e-3, atol=1e-4)
+
+
+def test_every_setting_is_scored_and_the_first_component_taken_out(encoded):
+    scores, ids = retrieval.setting_scores(encoded, [8, 40], [0, 8]), encoded.data.queries["id"]
+    assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS)
+    one = encoded.score(encoded.sparse(SparseSetting(40, 8, idf=True), ids))
+    assert scores[40, 8, "(logit - mean) x idf"].tolist() == one.tolist()
+    encoded.tokens(False)  # which it keeps
+    bare, first = encoded.without_first_component(), principal_components(encoded.documents)[0][0]
+    assert np.abs(bare.documents @ first).max() < 1e-4 and np.abs(bare.queries @ first).max() < 1e-4
+    assert not np.array_equal(bare.tokens(False)[0].values, encoded.tokens(False)[0].values), "its tokens are its own"
 
 
 def test_the_smallest_index_that_is_good_enough_is_chosen():
@@ -88,10 +100,11 @@ def test_index_size_and_operations_by_hand():
     queries = retriever.queries([[1, 2], [0, 0], []])
     assert (queries @ retriever.index).toarray().tolist() == [[3, 3], [4, 0], [0, 0]]
     states = np.ones((3, 5), np.float32)
-    growth = retrieval.cost_growth(tokens, states[:2], retriever.setting, [[1, 2], [0, 0], []], None, states, [2], 1)
-    assert growth["operations"].tolist() == pytest.approx([(3 + 1 + 0) / 3, 2 * 5])  # with sparse and with dense search
+    growth = retrieval.cost_growth(tokens, states[:2], retriever.setting, [[1, 2], [0, 0], []], None, states, [2, 3], 1)
+    assert growth["synthetic"].tolist() == [False, False, True, True]
+    assert growth["operations"].tolist()[:2] == pytest.approx([(3 + 1 + 0) / 3, 2 * 5])  # sparse, dense
     # Weights, documents and starts of four bytes each; or five numbers.
-    assert growth["bytes"].tolist() == [(4 * 4 + 4 * 4 + 4 * 4) / 2, 5 * 4]
+    assert growth["bytes"].tolist()[:2] == [(4 * 4 + 4 * 4 + 4 * 4) / 2, 5 * 4]
     assert retriever.search(["x", "y", "z"], queries) == {"x": ["a", "b"], "y": ["a"], "z": []}
     # An index leaves its tokens alone and keeps no weight of nothing.
     ids, values = np.array([[0, 1], [2, 1]], np.int32), np.array([[1, -1], [3, 2]], np.float32)
