@@ -66,19 +66,13 @@ def test_it_goes_on_where_it_was_interrupted(kind, model, tmp_path, monkeypatch)
     assert not (tmp_path / "out.parts").exists()
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--method", "tp"], "is not there. Make it with"), (["--exit-layer", "9"], "Layer 9 does not exist"),
-    (["--pooling", "best"], "Unknown pooling"), (["--model", "/nowhere"], "Cannot load"),
-])
-def test_a_wrong_call_is_one_line(options, said, model, tmp_path, capsys):
+@pytest.mark.parametrize("kind, options, said", [
+    (".txt", ["--method", "tp"], "is not there. Make it with"), (".txt", ["--exit-layer", "9"], "Layer 9 does not"),
+    (".txt", ["--pooling", "best"], "Unknown pooling"), (".txt", ["--model", "/nowhere"], "Cannot load"),
+    (".jsonl", [], "'text' is not there"), ("empty", [], "no text")])
+def test_a_wrong_call_is_one_line(kind, options, said, model, tmp_path, capsys):
+    (tmp_path / "empty").touch()
+    path = tmp_path / "empty" if kind == "empty" else write(tmp_path, kind)
     with pytest.raises(SystemExit) as end:
-        embed.main([str(write(tmp_path, ".txt")), "-o", str(tmp_path / "out.npy"), *model, *options])
+        embed.main([str(path), "-o", str(tmp_path / "out.npy"), *model, *options])
     assert end.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_no_text_and_no_column_are_named(model, tmp_path, capsys):
-    (tmp_path / "empty.txt").touch()
-    for path, said in ((tmp_path / "empty.txt", "no text"), (write(tmp_path, ".jsonl"), "'text' is not there")):
-        with pytest.raises(SystemExit):
-            embed.main([str(path), "-o", str(tmp_path / "out.npy"), *model])
-        assert said in capsys.readouterr().err

@@ -88,18 +88,6 @@ def test_a_progress_bar_is_shown_for_many_sentences_or_when_asked_for(backbone, 
         assert ("prompteol" in capsys.readouterr().err) == shown, (count, show)
 
 
-def test_bad_sentences_are_refused(backbone, passes):
-    encoder = SentenceEncoder(backbone)
-    for sentences, message in (([], "empty"), (["No.", 7], "Sentence 1 is int.*7"), (None, "not iterable")):
-        with pytest.raises(TypeError if sentences != [] else ValueError, match=message):
-            encoder.encode(sentences)
-    with pytest.raises(TypeError, match="got a str"):  # and not four embeddings of one letter each
-        encoder.encode_layers("Nope", [1])
-    with pytest.raises(ValueError, match="batch_size.*0"):
-        encoder.encode(["No."], batch_size=0)
-    assert not passes
-
-
 @pytest.mark.parametrize("choices, message", [
     ({"prompt": "eol"}, "'eol'.*none, prompteol, cot, ke, ck, metaeol, echo"),
     ({"pooling": "max"}, "'max'.*last, mean, weighted_mean"),

@@ -17,11 +17,11 @@ from lib.core import processes
 from lib.core.variants import closing_tokens
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
-from lib.evaluation.intervals import compare, mean_of
+from lib.evaluation.intervals import mean_of
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report import results, settings
 from lib.studies import effects, layers
-from lib.studies.layers import attention_to_placeholder, by_sentence, context_dependency
+from lib.studies.layers import attention_to_placeholder, context_dependency
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.data.sources.SampleDataWarning")
 SENTENCES = ["The plane takes off.", "Three children, who are cold, run across the snowy field.", "No."]
@@ -159,46 +159,14 @@ def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
             study(SentenceEncoder(large, "prompteol", infinite), SENTENCES)
 
 
-def test_means_over_sentences_can_be_compared():
-    encoder = SentenceEncoder(tiny_backbone(), method=TP)
-    table = context_dependency(encoder, SENTENCES)
-    compared = compare({"TP": by_sentence(table, "correlation", "context")}, mean_of("correlation"), draws=0)
-    assert compared["value"].item() == pytest.approx(table.groupby("sentence")["correlation"].mean().mean())
-    by_block = by_sentence(attention_to_placeholder(encoder, SENTENCES), "share", "block")
-    assert by_block["task"].tolist() == [str(block) for block in range(LAYERS) for _ in SENTENCES]
-
-
-def runs_with_accuracy(accuracies: dict, items: int = 200) -> dict[object, pd.DataFrame]:
-    """Tables of two tasks, in which the first items of each are right: as many as the accuracy says."""
-    table = pd.DataFrame({"item": range(items), "layer": 7})
-    of = {name: table.assign(correct=100.0 * (table["item"] < n / 100 * items)) for name, n in accuracies.items()}
-    return {name: pd.concat(right.assign(task=task) for task in "AB") for name, right in of.items()}
-
-
-def test_variants_stand_beside_the_reference_of_their_own_prompt():
-    runs = {"cot": runs_with_accuracy({"baseline": 40, "TP": 70}), "echo": runs_with_accuracy({"baseline": 50})}
-    table = effects.compare_variants(runs, mean_of("correct"), "TP", draws=200)
-    assert table["task"].drop_duplicates().tolist() == ["A", "B", "Avg"] and (table["layer"] == 7).all()
-    average = effects.overall(table).set_index(["prompt", "variant"])
-    assert average.loc[("cot", "baseline"), "difference"] == -30 and average.loc[("cot", "TP"), "difference"] == 0
-    assert np.isnan(average.loc[("echo", "baseline"), "difference"])
-    wide = effects.score_table(table)
-    assert wide.columns.tolist() == ["prompt", "variant", "layer", "A", "B", "Avg", "low", "high"]
-    assert wide["Avg"].tolist() == [40, 70, 50] and (wide["low"] < wide["Avg"]).all()
-    alone = {"cot": {name: of[of["task"] == "A"] for name, of in runs["cot"].items()}}  # one task is its own average
-    assert effects.overall(effects.compare_variants(alone, mean_of("correct"), draws=50))["value"].tolist() == [40, 70]
-
-
-def test_ends_are_compared_with_the_best_one_and_effects_described_by_what_the_intervals_tell_apart():
-    def ends(*scores, items=200):
-        return effects.compare_ends(runs_with_accuracy(dict(zip((2, 8, 14), scores)), items), mean_of("correct"), 500)
-    table = ends(50, 80, 79).set_index("end")
-    assert table["value"].tolist() == [50, 80, 79] and table["difference"].tolist() == [-30, 0, -1]
-    assert table.loc[2, "difference_high"] < -20
-    assert table.loc[8, ["difference_low", "difference_high"]].tolist() == [0, 0]
-    whole = compare(runs_with_accuracy({2: 50, 8: 80, 14: 79}), mean_of("correct"), draws=500)
-    assert whole.query("task == 'Avg'")["low"].tolist() == table["low"].tolist()
-    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=10), ends(80, 70, 70, items=10)
+def test_ends_and_effects_are_described_by_what_the_intervals_tell_apart():
+    def ends(*scores, items=400):
+        """Of each end the first items are right, as many as its score says."""
+        part = np.arange(items) / items
+        runs = {end: pd.DataFrame({"task": "A", "item": range(items), "correct": 100.0 * (part < score / 100)})
+                for end, score in zip((2, 8, 14), scores)}
+        return effects.compare_ends(runs, mean_of("correct"), 500)
+    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=20), ends(80, 70, 70, items=20)
     text, (low, high) = effects.describe_ends(far, near), far.loc[2, ["low", "high"]]
     assert f"is best at 14 (80.0, 95 % interval {low:.1f} to {high:.1f}) and STS-B dev is best at 2 (71.0" in text
     assert text.endswith("deeper for transfer, and paired intervals tell them apart on transfer and STS-B dev.")

@@ -92,19 +92,28 @@ def test_models_that_count_their_states_otherwise_are_refused(kind):
         Backbone.from_model(model, build_tokenizer(), f"tiny-{kind}")
 
 
-@pytest.mark.parametrize("error, templates, named", [
-    (TypeError, 'This: "{sentence}" is', "tuples of strings"), (TypeError, (1,), "tuples of strings"),
-    (ValueError, ("This: {text} is",), "{sentence}"), (ValueError, (), "needs a template"),
-])
-def test_a_prompt_with_a_slip_is_refused_where_it_is_made(error, templates, named):
+def an_encoder(*choices, **more):
+    return SentenceEncoder(tiny_backbone(), *choices, **more)
+
+
+@pytest.mark.parametrize("error, named, call", [
+    (TypeError, "tuples of strings", lambda: Prompt("mine", 'This: "{sentence}" is')),
+    (TypeError, "tuples of strings", lambda: Prompt("mine", (1,))),
+    (ValueError, "{sentence}", lambda: Prompt("mine", ("This: {text} is",))),
+    (ValueError, "needs a template", lambda: Prompt("mine", ())),
+    (ValueError, "holds 1 <PST> of its own, so not count=2",
+     lambda: an_encoder(Prompt("mine", ('Sum <PST> "{sentence}" x',)), TokenPrepending(1, 3, count=2))),
+    (TypeError, "got a str", lambda: an_encoder().encode_layers("Nope", [1])),  # and not four embeddings of one letter
+    (ValueError, "list of layers is empty", lambda: an_encoder().encode_layers(SENTENCES, [])),
+    (ValueError, "batch_size must be a whole number", lambda: an_encoder().encode(SENTENCES, batch_size=1.5)),
+    (ValueError, "batch_size.*0", lambda: an_encoder().encode(SENTENCES, batch_size=0)),
+    (ValueError, "A layer is a whole number", lambda: an_encoder(exit_layer=None)),
+    (ValueError, "Unknown device 'gpu'", lambda: load_backbone(device="gpu")),
+    (ValueError, f"torch sees {torch.cuda.device_count()} CUDA devices", lambda: load_backbone(device="cuda:99")),
+    (ValueError, "no document holds a word", lambda: BM25Retriever(["a", "b"], ["!", "?"]))])
+def test_a_slip_is_refused_and_named_where_it_is_made(error, named, call):
     with pytest.raises(error, match=named):
-        Prompt("mine", templates)
-
-
-def test_a_count_that_is_not_the_prompts_own_is_refused():
-    prompt = Prompt("mine", ('Sum <PST> "{sentence}" x',))
-    with pytest.raises(ValueError, match="holds 1 <PST> of its own, so not count=2"):
-        SentenceEncoder(tiny_backbone(), prompt, TokenPrepending(1, 3, count=2))
+        call()
 
 
 class Frame:
@@ -117,7 +126,7 @@ class Frame:
 @pytest.mark.parametrize("error, given, named", [
     (TypeError, {"a": "A dog.", "b": "A cat."}, "got a dict"), (TypeError, Frame(), "got a Frame"),
     (TypeError, ["A dog.", None], "Sentence 1 is NoneType"), (ValueError, ["A dog.", "\ud800"], "Sentence 1 holds"),
-])
+    (TypeError, None, "not iterable"), (ValueError, [], "empty")])
 def test_what_is_no_list_of_strings_is_refused_before_anything_is_computed(error, given, named, monkeypatch):
     encoder = SentenceEncoder(tiny_backbone(), "none")
     monkeypatch.setattr(encoder, "_compute", None)
@@ -130,20 +139,6 @@ def test_numpy_strings_and_series_are_texts():
     expected = encoder.encode(SENTENCES)
     for given in (np.array(SENTENCES), pandas.Series(SENTENCES), tuple(SENTENCES)):
         np.testing.assert_array_equal(encoder.encode(given), expected)
-
-
-def test_numbers_and_devices_that_do_not_fit_are_named():
-    encoder = SentenceEncoder(tiny_backbone(), "none")
-    with pytest.raises(ValueError, match="list of layers is empty"):
-        encoder.encode_layers(SENTENCES, [])
-    with pytest.raises(ValueError, match="batch_size must be a whole number"):
-        encoder.encode(SENTENCES, batch_size=1.5)
-    with pytest.raises(ValueError, match="A layer is a whole number"):
-        SentenceEncoder(tiny_backbone(), "none", exit_layer=None)
-    with pytest.raises(ValueError, match="Unknown device 'gpu'"):
-        load_backbone(device="gpu")
-    with pytest.raises(ValueError, match=f"torch sees {torch.cuda.device_count()} CUDA devices"):
-        load_backbone(device="cuda:99")
 
 
 def test_a_quoted_home_is_the_users(tmp_path, monkeypatch):
@@ -162,11 +157,6 @@ def test_files_have_the_modes_that_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "file", folder / "weights")] == [0o664, 0o664]
-
-
-def test_bm25_without_a_countable_word_says_so():
-    with pytest.raises(ValueError, match="no document holds a word"):
-        BM25Retriever(["a", "b"], ["!", "?"])
 
 
 GIVEN = [

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from unittest.mock import Mock
 
@@ -113,17 +112,6 @@ def test_run_record_and_publish(project, capfd):
     assert said.startswith("**Run shown:** profile `tiny`, sample data") and "minutes and 1.5 GB" in said
     write_notebook(notebook, "1")
     assert runner.main(["tiny", "00"]) == 0 and json.loads(record.read_text())["took"] is None, "other code"
-
-
-def test_two_runs_of_a_profile_wait_for_each_other(project, capfd):
-    folder = project / "runs" / "tiny"
-    with ThreadPoolExecutor(1) as pool:
-        with runner.only_run_in(folder):
-            second = pool.submit(runner.only_run_in, folder)
-            with pytest.raises(TimeoutError):
-                second.result(timeout=0.5)
-        assert second.result(timeout=20)
-    assert "Another run is at work in runs/tiny" in capfd.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.path.exists("/dev/nvidiactl"), reason="kernels are not forked here")

@@ -131,17 +131,6 @@ def test_a_long_table_is_displayed_as_a_digest(tmp_path, shown):
         run.show([1], "list", "A list")
 
 
-def test_a_figure_is_the_same_file_again_and_is_closed(tmp_path, shown):
-    run = start()
-    for name in ("f", "g"):
-        figure, axis = plt.subplots()
-        axis.plot([1, 2])
-        run.show(figure, name, "Costs $1 and $2, " + 20 * "a long caption ")
-        assert not plt.fignum_exists(figure.number)
-    first, second = (tmp_path / "figures" / "smoke" / f"{name}.png" for name in ("f", "g"))
-    assert first.read_bytes() == second.read_bytes() and len(shown) == 2
-
-
 def test_settings_from_sample_data_never_leave_the_run(tmp_path, shown):
     chosen = {"start": 1, "end": 2, "exit": 3}
     with pytest.raises(FileNotFoundError, match="python -m lib.studies.layers tiny-llama"):

@@ -13,7 +13,6 @@ from lib.core.postprocess import principal_components
 from lib.data.retrieval import load_beir
 from lib.data.sources import DATA, DataSource
 from lib.evaluation.alignment import counted, decode_logits
-from lib.evaluation.retrieval import evaluate_retrieval
 from lib.evaluation.vocabulary import CONTENT_RULE, DEFAULT_RULE, text_tokens, token_classes
 from lib.studies import retrieval
 from lib.studies.retrieval import WEIGHTINGS, AlignedTokens, SparseRetriever, SparseSetting
@@ -51,32 +50,15 @@ def test_rankings_are_those_of_dense_numpy(encoded, m, weighting):
         np.testing.assert_allclose(scores[[place[d] for d in found]], best, rtol=1e-3, atol=1e-4)
 
 
-def test_without_its_first_component(encoded):
-    bare, first = encoded.without_first_component(), principal_components(encoded.documents)[0][0]
-    assert np.abs(bare.documents @ first).max() < 1e-4 and np.abs(bare.queries @ first).max() < 1e-4
-    ids, setting = encoded.data.queries["id"][:5], SparseSetting(20, centred=False)
-    table = retrieval.common_part({"s": encoded}, setting, {"s": ids}, DEFAULT_RULE).set_index("logits")["s"]
-    assert table["first component removed"] == bare.score(bare.sparse(setting, ids)).mean()
-
-
-def test_every_setting_and_every_way_to_rank_and_what_sparse_keeps(encoded):
+def test_every_setting_is_scored_and_the_first_component_taken_out(encoded):
     scores, ids = retrieval.setting_scores(encoded, [8, 40], [0, 8]), encoded.data.queries["id"]
-    assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS) and scores.columns.is_unique
+    assert list(scores.index) == ids and scores.shape[1] == 2 * 2 * len(WEIGHTINGS)
     one = encoded.score(encoded.sparse(SparseSetting(40, 8, idf=True), ids))
     assert scores[40, 8, "(logit - mean) x idf"].tolist() == one.tolist()
-    queries, setting = ids[11::-1], SparseSetting(40, 8)
-    found = retrieval.all_rankings({"a": encoded, "b": encoded.without_first_component()}, "a", setting, queries)
-    assert {label: kind for label, (kind, _) in found.items()} == {
-        "BM25, cut documents": "BM25", "BM25, whole documents": "BM25", "a, dense": "dense", "a, sparse": "sparse",
-        "a, own words": "own words", "b, dense": "dense", "b, sparse": "sparse", "b, own words": "own words",
-        "a, dense + sparse": "fused", "a, sparse + BM25": "fused", "a, dense + BM25": "fused"}
-    assert list(found["a, sparse"][1]) == queries and found["a, sparse"][1] == encoded.sparse(setting, queries)
-    assert found["a, dense"][1][queries[1]] == encoded.dense(ids)[queries[1]]
-    runs = {label: evaluate_retrieval(of, encoded.data.qrels).assign(task="s") for label, (_, of) in found.items()}
-    kept = retrieval.kept_of_dense(runs, ["a", "b"], draws=50).set_index("method")
-    sparse, dense = ([runs[f"{method}, {kind}"]["nDCG@10"].mean() for method in "ab"] for kind in ("sparse", "dense"))
-    assert kept["dense"].tolist() == pytest.approx(dense)
-    assert kept["kept"].tolist() == pytest.approx(np.divide(sparse, dense))
+    encoded.tokens(False)  # which it keeps
+    bare, first = encoded.without_first_component(), principal_components(encoded.documents)[0][0]
+    assert np.abs(bare.documents @ first).max() < 1e-4 and np.abs(bare.queries @ first).max() < 1e-4
+    assert not np.array_equal(bare.tokens(False)[0].values, encoded.tokens(False)[0].values), "its tokens are its own"
 
 
 def test_own_words_against_dense_numpy(encoded):
@@ -97,7 +79,8 @@ def test_own_words_against_dense_numpy(encoded):
         np.testing.assert_allclose(scores[[place[d] for d in found]][: len(best)], best, rtol=1e-4)
 
 
-def test_documents_are_kept_as_far_as_they_are_read(data):
+def test_documents_are_kept_as_far_as_they_are_read(encoded):
+    data = encoded.data
     encoder = SentenceEncoder(tiny_backbone(), "prompteol", max_length=40)
     with pytest.warns(UserWarning, match="were cut"):
         read = retrieval.encode_set(encoder, data, encoder.backbone, (5, 1)).read
@@ -146,10 +129,11 @@ def test_index_size_and_operations_by_hand():
     queries = retriever.queries([[1, 2], [0, 0], []])
     assert (queries @ retriever.index).toarray().tolist() == [[3, 3], [4, 0], [0, 0]]
     states = np.ones((3, 5), np.float32)
-    growth = retrieval.cost_growth(tokens, states[:2], retriever.setting, [[1, 2], [0, 0], []], None, states, [2], 1)
-    assert growth["operations"].tolist() == pytest.approx([(3 + 1 + 0) / 3, 2 * 5])  # with sparse and with dense search
+    growth = retrieval.cost_growth(tokens, states[:2], retriever.setting, [[1, 2], [0, 0], []], None, states, [2, 3], 1)
+    assert growth["synthetic"].tolist() == [False, False, True, True]
+    assert growth["operations"].tolist()[:2] == pytest.approx([(3 + 1 + 0) / 3, 2 * 5])  # sparse, dense
     # Weights, documents and starts of four bytes each; or five numbers.
-    assert growth["bytes"].tolist() == [(4 * 4 + 4 * 4 + 4 * 4) / 2, 5 * 4]
+    assert growth["bytes"].tolist()[:2] == [(4 * 4 + 4 * 4 + 4 * 4) / 2, 5 * 4]
     assert retriever.search(["x", "y", "z"], queries) == {"x": ["a", "b"], "y": ["a"], "z": []}
     # An index leaves its tokens alone and keeps no weight of nothing.
     ids, values = np.array([[0, 1], [2, 1]], np.int32), np.array([[1, -1], [3, 2]], np.float32)

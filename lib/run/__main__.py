@@ -12,7 +12,6 @@ from pathlib import Path
 import filelock
 import papermill
 import yaml
-from traitlets.config import Config
 
 from lib.core import processes
 from lib.core.store import ROOT, write_atomically
@@ -185,7 +184,7 @@ def execute(path: Path, given: dict, copy: Path, context: dict, data: str) -> No
     os.environ.pop("JUPYTER_PATH", None)  # which would come before it
     screen = sys.stderr if sys.stderr.isatty() else None
     options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bool(screen), "stderr_file": screen}
-    options["config"] = Config({"KernelManager": {"transport": "ipc"}})  # nobody else can listen, as over TCP
+    options["extra_arguments"] = ["--log-level=ERROR"]  # of kernels, which warn at every start that they use TCP
     done = papermill.execute_notebook(path, copy, given | {"context": context}, **options)
     seconds = round(done.metadata.papermill.duration)
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
