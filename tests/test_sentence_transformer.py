@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from tiny_models import SENTENCES, save_tiny
 
 from lib.core.attention_values import AttentionValues
@@ -16,6 +17,7 @@ from lib.core.postprocess import EmbedFilter, MeanDirectionRemoved
 from lib.core.sentence_transformer import TrainingFree
 from lib.core.store import ROOT
 from lib.core.token_prepending import TokenPrepending
+from lib.evaluation.sts import cosine, spearman
 
 CHOICES = {
     "TP": {"prompt": "ke", "method": TokenPrepending(1, 3, init=(0.5,) * 32), "exit_layer": 3},
@@ -62,6 +64,14 @@ def test_prompts_dimension_and_several_processes(backbone):
         np.testing.assert_allclose(model.encode(SENTENCES, pool=pool), encoder.encode(SENTENCES), atol=1e-5)
     finally:
         model.stop_multi_process_pool(pool)
+
+
+def test_its_evaluator_gives_our_score(backbone):
+    encoder = SentenceEncoder(backbone, "ke", TokenPrepending(1, 3))
+    first, second, gold = SENTENCES, SENTENCES[1:] + SENTENCES[:1], [0.1, 0.9, 0.3, 0.7, 0.2]
+    found = EmbeddingSimilarityEvaluator(first, second, gold, show_progress_bar=False)(model_of(encoder))
+    expected = spearman(gold, cosine(encoder.encode(first), encoder.encode(second)))
+    assert 100 * found["spearman_cosine"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_cannot_be_saved_or_is_not_what_was_saved_is_refused(backbone, tmp_path):
