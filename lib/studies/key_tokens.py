@@ -113,7 +113,7 @@ def spectrum_stability(changes: dict[str, tuple[np.ndarray, np.ndarray]], sizes:
             as_they_are, centred = (Spectrum.between(embeddings[:n], target[:n], centre) for centre in (False, True))
             shares = [part.variation.loc[0, share] for share in SHARES for part in (as_they_are, centred)]
             rows.append((name, n, as_they_are.v1, abs(as_they_are.first @ whole[0]), *shares))
-    names = [share + ending for share in SHARES for ending in ("", ", centred")]
+    names = (f"{share}{ending}" for share in SHARES for ending in ("", ", centred"))
     return pd.DataFrame(rows, columns=["change", "N", "v_1", "cosine", *names])
 
 
