@@ -162,7 +162,8 @@ def test_files_have_the_modes_that_the_umask_says(tmp_path):
 GIVEN = [
     ("01", "sts_pairs", "None", None), ("01", "sts_pairs", "8", 8), ("01", "prompts", "cot", ["cot"]),
     ("01", "prompts", "[cot, ke]", ["cot", "ke"]), ("01", "model", "2024-01-01", "2024-01-01"), ("03", "exits", "", []),
-    ("01", "seeds", "1,2", [1, 2]), ("04", "text", "Warning: the pasta was cold.", "Warning: the pasta was cold."),
+    ("01", "seeds", "1,2", [1, 2]), ("02", "complete", "TREC", ["TREC"]),
+    ("04", "text", "Warning: the pasta was cold.", "Warning: the pasta was cold."),
 ]
 
 

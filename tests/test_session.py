@@ -235,7 +235,8 @@ def test_heat_maps_put_each_number_and_the_frame_in_their_place():
     written = {text.get_position(): text.get_text() for text in shown[0].texts}
     assert written == {(x + 0.5, y + 0.5): f"{first[y, [1, 3][x]]:z.0f}" for x, y in ((0, 0), (1, 0), (1, 1), (1, 2))}
     x, y = shown[0].patches[0].get_xy()
-    assert first[y, [1, 3][x]] == first.max() and shown[0].collections[0].get_clim() == shown[9].collections[0].get_clim()
+    assert first[y, [1, 3][x]] == first.max()
+    assert shown[0].collections[0].get_clim() == shown[9].collections[0].get_clim()
     axis, _ = heat_maps(every(x=[1, 2], y=["b", "a"]), "x", "y", "value", label="a", signed=False, **TEXTS).axes
     assert texts(axis.get_yticklabels()) == ["b", "a"] and not axis.patches
 

@@ -116,7 +116,7 @@ def attention_map(example: pd.DataFrame, by_block: pd.DataFrame, title: str):
 
 def pareto(points: pd.DataFrame, **texts: str):
     """Left all points, a colour for each method and a marker for each variant; right those around the front, which has
-    its names. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (true or not)."""
+    its names. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (bool)."""
     front, markers = points[points["front"]].sort_values("cost"), dict(zip(points["variant"].unique(), "soDv"))
     colours = {method: style["color"] for method, style in palette(points["method"]).items()}
     keys = [key(label(method), color) for method, color in colours.items()]
@@ -132,11 +132,10 @@ def pareto(points: pd.DataFrame, **texts: str):
     axis.vlines("cost", "low", "high", data=front, color="0.7", lw=1, zorder=1)
     axis.set_xlim(0.98 * front["cost"].min(), 1.02 * front["cost"].max())
     axis.set_xscale("linear")
-    bottom, top = axis.get_ylim()  # The names stand in a column at the right in the order of the scores, not too near.
-    apart = 0.055 * (top - bottom) * np.arange(len(front))
+    apart = 0.055 * np.ptp(axis.get_ylim()) * np.arange(len(front))  # of names, in a column in the order of the scores
     places = np.maximum.accumulate(front["score"] - apart) + apart
     names = front["method"].map(label) + ", " + front["variant"].map(label)
     line = {"arrowstyle": "-", "color": "0.5", "relpos": (0, 0.5)}
-    for name, *at, y in zip(names, front["cost"], front["score"], places - max(0, places.max() - top)):
+    for name, *at, y in zip(names, front["cost"], front["score"], places - max(0, places.max() - axis.get_ylim()[1])):
         axis.annotate(name, at, (1.04, y), size=8, va="center", textcoords=axis.get_yaxis_transform(), arrowprops=line)
     return figure

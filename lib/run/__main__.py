@@ -96,8 +96,8 @@ def listing() -> str:
 
 
 def parse(text: str, name: str, about: dict):
-    """A parameter's value from the command line, as its default is: a number, a list (words between commas) or text,
-    and None where the comment says so. What does not fit ends the program with exit status 2."""
+    """A parameter's value from the command line, as its default is: a number, text or a list (with commas between; an
+    empty one takes words if its comment has quotes), and None where that says so. What does not fit: status 2."""
     default = ast.literal_eval(about["default"])
     if text in ("None", "null") and "None" in about["help"]:
         return None
@@ -105,7 +105,7 @@ def parse(text: str, name: str, about: dict):
         if not isinstance(default, list):
             return type(default)(text)
         words = [word.strip(" '\"") for word in text.strip(" []").split(",") if word.strip()]
-        return words if default and isinstance(default[0], str) else list(map(int, words))
+        return words if (isinstance(default[0], str) if default else '"' in about["help"]) else list(map(int, words))
     except ValueError:
         PARSER.error(f"parameter {name}: {text!r} does not fit; its default is {about['default']} {about['help']}")
 

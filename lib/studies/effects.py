@@ -90,7 +90,7 @@ def items_needed(effects: pd.DataFrame, items: int, wanted: float = 2.0) -> str:
 
 
 def describe_below(scores: pd.DataFrame, trivial: str) -> str:
-    """One sentence that names what scores below the prompt `trivial` on a task; columns prompt, variant, task, value."""
+    """One sentence that names what scores below the prompt `trivial`, by task; columns prompt, variant, task, value."""
     floor, parts = scores[scores["prompt"] == trivial].set_index("task")["value"], []
     for task, of in scores[scores["value"] < scores["task"].map(floor)].groupby("task", sort=False):
         every, names = len(of) == (scores["task"] == task).sum() - 1, of["prompt"] + " (" + of["variant"] + ")"
