@@ -49,24 +49,13 @@ def compare_ends(runs: dict[int, pd.DataFrame], statistic: Statistic, draws: int
 def describe_ends(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
     """One sentence on whether the best end is deeper for transfer; tables from `compare_ends` over the same ends."""
     tables = {"transfer": transfer.set_index("end"), "STS-B dev": sts.set_index("end")}
-    here, there = (table["value"].idxmax() for table in tables.values())
-    text = "{0} is best at {1} ({value:.1f}, 95 % interval {low:.1f} to {high:.1f})"
-    parts = [text.format(name, end, **of.loc[end]) for (name, of), end in zip(tables.items(), (here, there))]
-    said = f"Of these ends, {' and '.join(parts)}"
+    here, there = best = [table["value"].idxmax() for table in tables.values()]
     if here == there:
-        return f"{said}: the same end for both."
+        return f"End {here} is the best of these for both."
     # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.
-    apart = " and ".join(name for name, of in tables.items() if of.loc[[here, there], "difference_high"].min() < 0)
-    told = f"paired intervals tell them apart on {apart}" if apart else "no paired interval tells them apart"
-    return f"{said}: {'deeper' if here > there else 'less deep'} for transfer, and {told}."
-
-
-def describe_effects(effects: pd.DataFrame, items: str = "pairs") -> str:
-    """One sentence about differences with intervals; columns prompt, difference_low, difference_high."""
-    better, worse = effects["difference_low"] > 0, effects["difference_high"] < 0
-    groups = {"better": better, "worse": worse, f"no different as far as these {items} can tell": ~better & ~worse}
-    parts = [f"{label} for {', '.join(effects.loc[rows, 'prompt'])}" for label, rows in groups.items() if rows.any()]
-    return f"With TP the average is {'; '.join(parts)}."
+    apart = [name for name, table in tables.items() if table.loc[best, "difference_high"].min() < 0]
+    told = f"Paired intervals tell these apart on {' and '.join(apart) or 'neither'}."
+    return f"Of these ends, {here} is best for transfer and {there} for STS-B dev. {told}"
 
 
 def by_chance(table: pd.DataFrame) -> str:
@@ -85,8 +74,8 @@ def items_needed(effects: pd.DataFrame, items: int, wanted: float = 2.0) -> str:
     widths = effects["difference_high"] - effects["difference_low"]
     few, many = (items * (widths / 2 / wanted) ** 2 + 1).agg(["min", "max"]).astype(int)
     return (f"At the measured spread it takes {few:,} to {many:,} texts of each task, by the row, until a difference "
-            f"of {wanted:g} points leaves 0 out of its 95 % interval (two-sided); here are {items}. So many find a true "
-            "difference of that size every second time, twice as many four times out of five.")
+            f"of {wanted:g} points leaves 0 out of its 95 % interval; here are {items}. So many find a true difference "
+            "of that size every second time, twice as many four times out of five.")
 
 
 def describe_below(scores: pd.DataFrame, trivial: str) -> str:
