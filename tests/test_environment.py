@@ -146,18 +146,6 @@ def test_only_what_is_missing_or_too_old_is_installed_and_never_torch(monkeypatc
     assert colab.BUNDLED_MODEL in (ROOT / "lib" / "run" / "environment.sh").read_text()
 
 
-def test_caches_go_to_a_mounted_drive_and_files_that_are_there_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(colab, "ROOT", tmp_path / "project")
-    monkeypatch.setattr(colab.Path, "home", lambda: tmp_path / "home")
-    (tmp_path / "project" / "data" / "downloads").mkdir(parents=True)
-    for _ in range(2):
-        colab.keep_caches(tmp_path / "drive")
-    (tmp_path / "project" / "data" / "cache" / "a").write_text("kept")
-    assert (tmp_path / "drive" / "cache" / "a").read_text() == "kept"
-    assert (tmp_path / "home" / ".cache" / "huggingface").resolve() == (tmp_path / "drive" / "huggingface").resolve()
-    assert not (tmp_path / "project" / "data" / "downloads").is_symlink()
-
-
 @pytest.mark.parametrize("python", ["python3.12", "python3.13"])
 def test_the_code_is_that_of_newer_pythons_too(python, tmp_path):
     if shutil.which(python) is None or subprocess.run([python, "--version"], capture_output=True).returncode:

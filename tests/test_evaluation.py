@@ -22,7 +22,7 @@ from lib.evaluation import intervals, retrieval, transfer
 from lib.evaluation.intervals import SPEARMAN, Statistic, area_under_roc, compare, distinct_share, mean_of
 from lib.evaluation.retrieval import BM25Retriever, DenseRetriever, evaluate_retrieval
 from lib.evaluation.sts import cosine, spearman, sts_pairs, word_overlap
-from lib.evaluation.transfer import STRENGTHS, classify, pair_features, transfer_predictions, transfer_scores
+from lib.evaluation.transfer import STRENGTHS, classify, pair_f1, pair_features, transfer_predictions
 
 SAMPLE = DataSource("sample", DATA / "sample")
 QRELS_BY_HAND, BEST = {"q": {"d1": 2, "d3": 1, "d9": 1, "d4": 0}}, 2 + 1 / np.log2(3) + 1 / 2
@@ -193,14 +193,12 @@ def test_sentevals_classifier_takes_pytorchs_steps_and_stops_after_six_rounds_th
     assert (found[1] == layer(x[140:]).argmax(dim=1).numpy()).all() and len(drawn) == 7 * 4
 
 
-def test_pair_features_and_transfer_scores_by_hand():
+def test_pair_features_and_f1_by_hand():
     np.testing.assert_array_equal(pair_features(np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]])), [[2, 3, 3, -2]])
     rows = [("MR", g, p) for g, p in zip([0, 1, 1, 0], [0, 1, 0, 0])]
     rows += [("MRPC", g, p) for g, p in zip([1, 1, 1, 0], [1, 1, 0, 1])]
-    scores = transfer_scores(pd.DataFrame(rows, columns=["task", "gold", "predicted"]).assign(layer=3))
-    expected = {("MR", "accuracy_x100"): 75, ("MRPC", "accuracy_x100"): 50, ("MRPC", "f1_x100"): 200 / 3}
-    assert scores.set_index(["task", "metric"])["value"].to_dict() == pytest.approx(expected)
-    assert (scores["items"] == 4).all() and (scores["layer"] == 3).all()
+    found = pair_f1(pd.DataFrame(rows, columns=["task", "gold", "predicted"]))
+    assert found.to_dict() == pytest.approx({"MRPC": 200 / 3})
 
 
 @pytest.mark.parametrize("task, tested", [("question_type", 36), ("paraphrase", 32)])

@@ -60,16 +60,10 @@ def transfer_predictions(encoder: SentenceEncoder, data: dict[str, EvaluationDat
     return pd.concat(tables, ignore_index=True)[["task", "layer", "item", "gold", "predicted", "l2", "correct"]]
 
 
-def transfer_scores(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy x 100 of each task, and of pairs F1 x 100, from a table of `transfer_predictions`: columns layer, task,
-    metric (accuracy_x100 or f1_x100), value, items (how many)."""
-    rows = []
-    for key, table in predictions.groupby(["layer", "task"], sort=False):
-        gold, predicted = table["gold"], table["predicted"]
-        rows.append((*key, "accuracy_x100", 100 * (gold == predicted).mean(), len(table)))
-        if key[1] in PAIR_TASKS:
-            rows.append((*key, "f1_x100", 100 * f1_score(gold, predicted, zero_division=0), len(table)))
-    return pd.DataFrame(rows, columns=["layer", "task", "metric", "value", "items"])
+def pair_f1(predictions: pd.DataFrame) -> pd.Series:
+    """F1 x 100 of each task of pairs, by name, from a table of `transfer_predictions` of one layer."""
+    pairs = predictions[predictions["task"].isin(PAIR_TASKS)].groupby("task", sort=False)
+    return pd.Series({task: 100 * f1_score(of.gold, of.predicted, zero_division=0) for task, of in pairs}, dtype=float)
 
 
 def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
