@@ -17,9 +17,9 @@ TABLES = [
     ("01_sts_eval", "sts_scores", "sts_pairs", "seeds", lambda t: t.rename(columns={"variant": "way"})),
     ("08_beyond_the_papers", "methods_sts_by_set", "sts_pairs", "", lambda t: t.rename(columns={"variant": "way"})),
     ("03_layer_ablation", "ablation_confirmation", "sts_pairs", "seeds",
-     lambda t: t.rename(columns={"run": "way"}).assign(task="STS-B")),
+     lambda t: t.rename(columns={"variant": "way"}).assign(task="STS-B")),
     ("04_alignment_analysis", "alignment_embedder_sts", "test_pairs", "",
-     lambda t: t[t["run"] == "PromptEOL"].assign(**LAST)),
+     lambda t: t[t["encoder"] == "PromptEOL"].assign(**LAST)),
     ("07_concepts_and_instructions", "concepts_scores", "pairs_each", "", lambda t: t[
         (t["method"] == "PromptEOL") & (t["measure"] == "cosine") & t["task"].str.startswith("STS-B")].assign(**LAST)),
 ]
