@@ -195,5 +195,5 @@ def test_a_data_folder_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_pa
     monkeypatch.setenv("TP_DATA_DIR", str(tmp_path / "none"))
     sources._search.cache_clear()
     with pytest.raises(SystemExit) as end:
-        runner.run({}, tmp_path, 0.0)
+        runner.run({}, tmp_path, 0.0, {})
     assert end.value.code == 2 and "error: TP_DATA_DIR is" in capsys.readouterr().err
