@@ -12,12 +12,11 @@ from scipy.stats import spearmanr
 from test_hardware import in_float16, with_large_activations
 from tiny_models import LAYERS, TP, hook_ids, prompt_ids, reference, tiny_backbone
 
-from lib import PROMPTS, EmbeddingStore, SentenceEncoder, TokenPrepending
+from lib import PROMPTS, EmbeddingStore, SentenceEncoder, TokenPrepending, Variant
 from lib.core import processes
 from lib.core.variants import closing_tokens
 from lib.data.sources import find_source
 from lib.data.sts import load_sts
-from lib.evaluation.intervals import mean_of
 from lib.evaluation.sts import spearman, sts_pairs
 from lib.report import results, settings
 from lib.studies import effects, layers
@@ -159,17 +158,10 @@ def test_sums_beyond_float16_give_what_float32_gives_and_overflow_is_refused():
             study(SentenceEncoder(large, "prompteol", infinite), SENTENCES)
 
 
-def test_ends_are_described_by_what_the_intervals_tell_apart():
-    def ends(*scores, items=400):
-        """Of each end the first items are right, as many as its score says."""
-        part = np.arange(items) / items
-        runs = {end: pd.DataFrame({"task": "A", "item": range(items), "correct": 100.0 * (part < score / 100)})
-                for end, score in zip((2, 8, 14), scores)}
-        return effects.compare_ends(runs, mean_of("correct"), 500)
-    near, far, few, fewer = ends(71, 70, 60), ends(50, 60, 80), ends(70, 70, 80, items=20), ends(80, 70, 70, items=20)
-    for transfer, sts, said in ((far, near, "apart on transfer and STS-B dev."), (near, few, "apart on transfer."),
-                                (few, fewer, "apart on neither."), (far, far, "End 14 is the best of these for both.")):
-        assert effects.describe_ends(transfer, sts).endswith(said)
+def test_methods_for_each_vector_and_what_stands_below_the_trivial_row():
+    rows = settings.Setting(TokenPrepending(1, 3), 3).with_placeholder([5, 6])
+    assert rows["TP"] == [TokenPrepending(1, 3, seed=5), TokenPrepending(1, 3, seed=6)]
+    assert rows["placeholder, unwritten"] == [Variant(1, 3, seed=seed, write="nothing") for seed in (5, 6)]
     table = pd.DataFrame({"prompt": ["most", "a", "b"], "variant": "TP", "task": "MR", "value": [6, 7, 5.0]})
     table = pd.concat([table, table.assign(task="CR", value=[8, 6, 7.0]), table.assign(task="SUBJ", value=[1, 3, 2.0])])
     text = effects.describe_below(table, "most")

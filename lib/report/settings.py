@@ -1,7 +1,8 @@
 """TP's settings, chosen on STS-B dev by `lib.studies.layers` and kept in a file a model, in `configs/settings/`. Those
 chosen on sample data stay in the folder of the run that chose them, and serve runs on sample data alone."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from lib.core import processes
 from lib.core.contrastive import ContrastivePrompting
 from lib.core.store import ROOT, write_atomically
 from lib.core.token_prepending import TokenPrepending
+from lib.core.variants import Variant
 
 FOLDER, RUNS = ROOT / "configs" / "settings", ROOT / "runs"
 
@@ -21,6 +23,11 @@ class Setting:
     method: TokenPrepending
     exit_layer: int
     contrastive: ContrastivePrompting | None = None  # where it was searched for
+
+    def with_placeholder(self, seeds: Iterable[int]) -> dict[str, list[TokenPrepending]]:
+        """Row -> methods, one for each seed of the placeholder's vector: TP, and the same with nothing written."""
+        tp = [replace(self.method, seed=seed) for seed in seeds]
+        return {"placeholder, unwritten": [Variant(**asdict(one), write="nothing") for one in tp], "TP": tp}
 
 
 def settings_file(model: str, sample: bool = False, profile: str = "default") -> Path:

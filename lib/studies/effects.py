@@ -46,18 +46,6 @@ def compare_ends(runs: dict[int, pd.DataFrame], statistic: Statistic, draws: int
     return table.rename(columns={"run": "end"}).drop(columns="task").reset_index(drop=True)
 
 
-def describe_ends(transfer: pd.DataFrame, sts: pd.DataFrame) -> str:
-    """One sentence on whether the best end is deeper for transfer; tables from `compare_ends` over the same ends."""
-    tables = {"transfer": transfer.set_index("end"), "STS-B dev": sts.set_index("end")}
-    here, there = best = [table["value"].idxmax() for table in tables.values()]
-    if here == there:
-        return f"End {here} is the best of these for both."
-    # A measure tells the two ends apart if the end that is best for the other one is worse by more than chance.
-    apart = [name for name, table in tables.items() if table.loc[best, "difference_high"].min() < 0]
-    told = f"Paired intervals tell these apart on {' and '.join(apart) or 'neither'}."
-    return f"Of these ends, {here} is best for transfer and {there} for STS-B dev. {told}"
-
-
 def by_chance(table: pd.DataFrame) -> str:
     """One sentence on many comparisons: how many of a table's 95 % intervals (difference_low to difference_high, else
     low to high) leave 0 out, and how many would by chance. What is compared with itself or has none does not count."""
