@@ -31,10 +31,19 @@ def markdown(number: str) -> str:
 
 
 def sections(model: str) -> dict:
-    """Notebook -> what the profile's provenance says of it."""
-    path = FIGURES / PROFILES[model] / "provenance.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: section for name, section in found.items() if name != "about"}
+    """Notebook -> its section in the provenance of the first of the model's profiles that has run it."""
+    found = {}
+    for profile in reversed(PROFILES[model]):
+        path = FIGURES / profile / "provenance.json"
+        ran = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found |= {name: {"profile": profile} | section for name, section in ran.items() if name != "about"}
+    return found
+
+
+def place(model: str, name: str) -> Path:
+    """Where an artefact of the model lies; where nothing is, if no profile has made it."""
+    owners = [section["profile"] for section in sections(model).values() if name in section["artefacts"]]
+    return FIGURES / (owners or ["nothing"])[0] / name
 
 
 def table(head: str, rows) -> str:
@@ -71,7 +80,7 @@ def published(row: dict) -> str:
 
 def measured(row: dict, model: str) -> tuple[str, str]:
     """A claim's cell for a model, and its verdict, which is empty where nothing was measured."""
-    path, form = FIGURES / PROFILES[model] / row.get("file", "nothing"), row.get("format", "{:+.1f}")
+    path, form = place(model, row.get("file", "nothing")), row.get("format", "{:+.1f}")
     blocks = max((section["about"]["blocks"] for section in sections(model).values()), default=0)
 
     def rows(query: str) -> pd.DataFrame:
@@ -125,13 +134,15 @@ def claims(name: str, folder: Path) -> str:
         said = [published(row)] if papers else []
         lines.append([row["claim"], *said, *(text for text, _ in cells.values()), *[words] * (not gpu)])
         lines[-1].append(see(row["see"], folder))
-    heads = ["here"] if gpu else [*(f"{model} (`{PROFILES[model]}`)" for model in models), "verdict"]
+    heads = ["here"] if gpu else [*models, "verdict"]
     return table(" | ".join(["what" if gpu else "claim", *["paper"] * papers, *heads, "notebook, section"]), lines)
 
 
 def coverage(_, folder: Path) -> str:
     """Each published number counts once: as `python -m lib.report.paper` has it or, beside that, as another model's."""
-    files = [file for file in sorted(FIGURES.glob("*/*_beside_paper.csv")) if "metric" in pd.read_csv(file, nrows=0)]
+    made = [(model, name) for model in PROFILES for of in sections(model).values() for name in of["artefacts"]]
+    files = [place(*one) for one in made if one[1].endswith("_beside_paper.csv")]
+    files = [file for file in files if "metric" in pd.read_csv(file, nrows=0)]
     ours = pd.concat(pd.read_csv(file).dropna(subset="ours").assign(profile=file.parent.name) for file in files)
     explained = pd.read_csv(ROOT / "configs" / "explanations.csv", dtype=str, keep_default_na=False)
     rows = paper.comparison(ours, explained)
@@ -157,10 +168,21 @@ def coverage(_, folder: Path) -> str:
     return table("table or figure | here | state | published numbers", lines)
 
 
+def runs(*_) -> str:
+    """Which profile each model's notebooks are shown from."""
+    lines = []
+    for model in PROFILES:
+        of = {}
+        for name, section in sorted(sections(model).items()):
+            of.setdefault(section["profile"], []).append(name[:2])
+        lines.append(f"{model}: " + ", ".join(f"`{profile}` ({', '.join(names)})" for profile, names in of.items()))
+    return f"- Profiles that were run (notebooks): {'; '.join(lines)}."
+
+
 def figure(name: str, folder: Path) -> str:
-    model, profile = next(iter(PROFILES.items()))
+    model = next(iter(PROFILES))
     made = [s["artefacts"][name]["caption"] for s in sections(model).values() if name in s["artefacts"]]
-    return f"!{link(made[0], FIGURES / profile / name, folder)}\n\n{made[0]}.\n" if made else "Not run.\n"
+    return f"!{link(made[0], place(model, name), folder)}\n\n{made[0]}.\n" if made else "Not run.\n"
 
 
 def index(_, folder: Path) -> str:
@@ -170,7 +192,7 @@ def index(_, folder: Path) -> str:
         lines = {}
         for model in PROFILES:
             for name, artefact in sections(model).get(path.stem, {"artefacts": {}})["artefacts"].items():
-                file = FIGURES / PROFILES[model] / name.replace(".csv", ".md")
+                file = place(model, name).with_suffix(".md" if name.endswith(".csv") else ".png")
                 row = lines.setdefault((name, artefact["caption"].rpartition(". ")[0]), [])
                 row.append(link(model, file, folder))
         rows = ([f"`{name}`", f"{caption}.", ", ".join(links)] for (name, caption), links in lines.items())
@@ -190,7 +212,7 @@ def notebooks(_, folder: Path) -> str:
 
 
 def artefact(name: str, _) -> str:
-    path = FIGURES / next(iter(PROFILES.values())) / name
+    path = place(next(iter(PROFILES)), name.replace(".md", ".csv")).with_name(name)
     return path.read_text(encoding="utf-8") if path.exists() else "Not run."
 
 
@@ -203,7 +225,7 @@ def releases(*_) -> str:
 def rendered(page: Path) -> str:
     """A page with its blocks written anew."""
     text = page.read_text(encoding="utf-8")
-    parts = (claims, coverage, figure, index, notebooks, artefact, releases)
+    parts = (claims, runs, coverage, figure, index, notebooks, artefact, releases)
     write = {part.__name__: part for part in parts}
     return BLOCK.sub(lambda block: f"{block[1]}{write[block[2]](block[3], page.parent).strip()}\n<!-- end -->", text)
 

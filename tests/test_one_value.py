@@ -1,15 +1,11 @@
 """One quantity has one value: what several published tables say of one model, prompt, way to read and data set."""
 
-import json
-
 import pandas as pd
 import pytest
 
 from benchmarks import claims
 from lib.data.sts import STS_TASKS
-from lib.report.session import FIGURES
 
-PROFILES = [FIGURES / name for name in claims.PROFILES.values()]  # those that are published
 LAST = {"prompt": "prompteol", "way": "baseline, last layer", "task": "STS-B"}
 WAYS = {"last layer": LAST["way"], "exit layer": "baseline, exit layer", "baseline": "baseline, exit layer",
         "TP": "TP, exit layer"}
@@ -26,13 +22,13 @@ TABLES = [
 ]
 
 
-def published(folder) -> pd.DataFrame:
-    """A row for each STS score that a profile shows: prompt, way, task, seeds, pairs, value, low, high."""
-    provenance, tables = json.loads((folder / "provenance.json").read_text()), []
+def published(model) -> pd.DataFrame:
+    """A row for each STS score that is published of a model: prompt, way, task, seeds, pairs, value, low, high."""
+    sections, tables = claims.sections(model), []
     for notebook, name, pairs, seeds, rows in TABLES:
-        if f"{name}.csv" not in provenance.get(notebook, {"artefacts": ()})["artefacts"]:
+        if f"{name}.csv" not in sections.get(notebook, {"artefacts": ()})["artefacts"]:
             continue
-        section, table = provenance[notebook], rows(pd.read_csv(folder / f"{name}.csv"))
+        section, table = sections[notebook], rows(pd.read_csv(claims.place(model, f"{name}.csv")))
         given = section["about"]["parameters"]
         given = section["shared"][given] if isinstance(given, str) else given  # which may be the entry's name
         if "STS-B" in table:  # a column for each data set, and the interval of their average
@@ -43,9 +39,9 @@ def published(folder) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True).fillna({"pairs": float("inf")})
 
 
-@pytest.mark.parametrize("folder", PROFILES, ids=lambda folder: folder.name)
-def test_one_quantity_has_one_value(folder):
-    shown, compared = published(folder), 0
+@pytest.mark.parametrize("model", claims.PROFILES)
+def test_one_quantity_has_one_value(model):
+    shown, compared = published(model), 0
     if shown["task"].isna().any():
         pytest.skip("a run on sample data, which has one set, has written here")
     for what, rows in shown.groupby(["prompt", "way", "task", "seeds"]):

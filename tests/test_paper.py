@@ -1,6 +1,7 @@
 """The papers' numbers beside ours: one tolerance a metric, and only an unexplained difference fails.
 And the READMEs: what they show works as it stands there, and their numbers are those of the result files."""
 
+import json
 import re
 import subprocess
 
@@ -169,11 +170,13 @@ def test_its_numbers_are_those_of_the_result_files(page):
 
 def test_a_claim_is_shown_by_its_whole_interval_and_says_what_was_not_run(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "FIGURES", tmp_path)
-    monkeypatch.setattr(claims, "PROFILES", {"A": "a", "B": "b"})
+    monkeypatch.setattr(claims, "PROFILES", {"A": ["none", "a"], "B": ["b"]})
     (tmp_path / "a").mkdir()
     rows = [[1.0, 0.5, 2.0], [1.0, -0.5, 2.0], [-1.0, -2.0, -0.5]]
     table = pd.DataFrame(rows, columns=["difference", "difference_low", "difference_high"]).assign(n=range(3))
     table.to_csv(tmp_path / "a" / "t.csv", index=False)
+    ran = {"00": {"about": {"blocks": 30}, "artefacts": {"t.csv": {}}}}
+    (tmp_path / "a" / "provenance.json").write_text(json.dumps(ran))
     def said(n, model="A", **row):
         return claims.measured({"claim": "c", "file": "t.csv", "query": f"n == {n}", "rule": "above 0"} | row, model)
     assert [said(n) for n in range(3)] == [("+1.0 (0.5 to 2.0)", "shown"), ("+1.0 (-0.5 to 2.0)", "not shown"),
