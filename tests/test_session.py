@@ -131,6 +131,17 @@ def test_a_long_table_is_displayed_as_a_digest(tmp_path, shown):
         run.show([1], "list", "A list")
 
 
+def test_a_caption_says_how_wide_intervals_are_beside_those_of_complete_data(tmp_path, shown):
+    run, table = start(), pd.DataFrame({"value": [3.0, 4.0, 9.0], "low": [2.0, 1.0, None], "high": [4.0, 5.0, None]})
+    run.show(table, "scores", "Scores")  # nothing to compare with
+    (tmp_path / "figures" / "smoke").rename(tmp_path / "figures" / "full-smoke")
+    run.show(table.assign(high=[8.0, 7.0, None]), "scores", "Scores")
+    run.show(table[["value"]], "values", "No intervals")
+    said = [entry["caption"].partition("data")[2] for entry in provenance(tmp_path)["01"]["artefacts"].values()]
+    assert ["times" in displayed.data for displayed in shown] == [False, True, False]
+    assert said[0].endswith("; intervals 2.0 times as wide as in figures/full-smoke") and "times" not in said[1]
+
+
 def test_settings_from_sample_data_never_leave_the_run(tmp_path, shown):
     chosen = {"start": 1, "end": 2, "exit": 3}
     with pytest.raises(FileNotFoundError, match="python -m lib.studies.layers tiny-llama"):
@@ -191,14 +202,13 @@ def test_colours_tell_the_sign_where_the_value_s_own_interval_does_not_hold_0():
     assert texts(figure.legends[0].texts) == ["TP better", "TP worse", "interval holds 0"]
 
 
-def test_hollow_points_crosses_and_headings():
-    table = every(family=["first"], method=["mean", "none + TP"], instruction=["none", "fitting"], hollow=[True, False])
+def test_crosses_and_headings():
+    table = every(family=["first"], method=["mean", "none + TP"], instruction=["none", "fitting"])
     paper = pd.DataFrame({"family": "first", "method": ["mean", "other"], "instruction": "none", "value": [7.5, 9.0]})
-    extras = {"hollow": "hollow", "group": "family", "crosses": {"paper": paper}}
+    extras = {"group": "family", "crosses": {"paper": paper}}
     [axis] = (figure := dots(table, row="method", hue="instruction", **extras, **TEXTS)).axes
-    assert texts(figure.legends[0].texts) == ["none", "fitting", "hollow", "paper"]  # "none" is no prompt here
+    assert texts(figure.legends[0].texts) == ["none", "fitting", "paper"]  # "none" is no prompt here
     assert texts(axis.get_yticklabels()) == ["first", "mean, no prompt", "no prompt + TP"]
-    assert sum(to_hex(cloud.get_facecolors()[0]) == "#ffffff" for cloud in clouds(axis)) == 2
     [crosses] = [cloud.get_offsets() for cloud in clouds(axis) if 7.5 in cloud.get_offsets()]
     assert crosses.shape == (1, 2) and round(crosses[0, 1]) == 1
 

@@ -1,8 +1,8 @@
 """One kit for the figures of every notebook: each function takes a tidy table and returns a matplotlib figure.
 All are 9 inches wide, so that their text has one size on a page. The keyword arguments `texts` are title (the finding,
 left above the legend and the panels), xlabel and, but for dots and bars, ylabel. Of a table's columns, `hue` decides
-colour, marker and line, `panel` makes panels, and what is true in `hollow` has a hollow marker. An interval is found by
-its columns' names (see `interval`). What is NaN is not drawn. How all this looks stands in `figures.yaml`."""
+colour, marker and line, and `panel` makes panels. An interval is found by its columns' names (see `interval`). What is
+NaN is not drawn. How all this looks stands in `figures.yaml`."""
 
 import re
 from collections.abc import Sequence
@@ -104,25 +104,22 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
 
 
 def dots(table: pd.DataFrame, value="value", row="prompt", hue=None, panel=None, *, zero=np.nan, log=False, signed=(),
-         group=None, hollow=None, crosses: dict[str, pd.DataFrame] | None = None, **texts: str):
+         group=None, crosses: dict[str, pd.DataFrame] | None = None, **texts: str):
     """Points with intervals: a line for each name in `row`, in which the points of all `hue` stand; a reference line at
     `zero`. With `signed`, what to call better and worse, colours tell the sign where the interval does not hold 0.
     Names in `group` become headings. `crosses`: legend text -> table with the same columns, drawn as crosses."""
     others = [of[of[row].isin(table[row])].assign(_cross=True) for of in (crosses or {}).values()]
     table = pd.concat([table.assign(_cross=False), *others], ignore_index=True)
     table["_hue"], table["_group"] = table[hue] if hue else "", table[group] if group else ""
-    table["_hollow"] = table[hollow].eq(True) if hollow else False
     lines, styles = [], palette(table["_hue"])
     for family, of in table.groupby("_group", sort=False):
         lines += [(family, None)] * bool(group) + [(family, name) for name in of[row].unique()]
-    place = table.groupby(["_hue", "_hollow"], sort=False).ngroup()  # of a point in its line
-    if not table[~table["_cross"]].duplicated([by for by in (row, panel, group) if by]).any():
-        place *= 0  # each line has one point
+    place = table.groupby("_hue", sort=False).ngroup()  # of a point in its line
+    place *= table[~table["_cross"]].duplicated([by for by in (row, panel, group) if by]).any()  # 0: one point a line
     shift = min(0.3, 0.8 / (place.max() + 1)) * (place - place.max() / 2)
     table["_y"] = shift + [lines.index(name) for name in zip(table["_group"], table[row])]
     keys = [key(label(name, hue), **style | {"ls": "-"}) for name, style in styles.items() if hue]
     keys += [key(text, tone, marker="o", ls="-") for text, tone in zip([*signed, "interval holds 0"], SIGNS) if signed]
-    keys += [key(hollow, marker="o", ls="", mfc="white")] if hollow else []
     keys += [key(text, "0.2", marker="x", ls="") for text in crosses or {}]
     height = 0.5 + len(lines) * max(0.2, 0.14 * (place.max() + 1))
     figure, parts = panels(table, panel, keys=keys, height=height, log=log, **texts)
@@ -133,8 +130,7 @@ def dots(table: pd.DataFrame, value="value", row="prompt", hue=None, panel=None,
             if signed:
                 color = np.select([bounds[0] > 0, bounds[1] < 0], SIGNS[:2], SIGNS[2])
             axis.hlines(of["_y"], *bounds, color=color, lw=1.5)
-            axis.scatter(of[value], of["_y"], marker=styles[name]["marker"], s=22, zorder=3, ec=color,
-                         fc=np.where(of["_hollow"], "white", color))
+            axis.scatter(of[value], of["_y"], marker=styles[name]["marker"], s=22, zorder=3, color=color)
         axis.axvline(zero, color="0.2", lw=0.9, zorder=1)
         axis.set(yticks=range(len(lines)), ylim=(len(lines) - 0.5, -0.5),
                  yticklabels=[label(family, "") if name is None else label(name, row) for family, name in lines])
@@ -168,7 +164,8 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
     """A line for each `hue` with its interval as a band or, with `points`, with markers and bars; `panel` side by side,
     `panel_row` below each other. Without ylabel, the unit of all, each row or panel has a y axis and unit of its own.
     `log`: which of "x" and "y" are logarithmic. `marks`, text -> x, are dotted vertical lines, `levels`, legend text ->
-    panel -> y, dashed horizontal ones. `ring` names the rings around the highest point of each line."""
+    panel -> y, dashed horizontal ones. What is true in `hollow` has a hollow marker; `ring` names the rings around the
+    highest point of each line."""
     table, marks, levels = table.assign(_hue=table[hue] if hue else ""), marks or {}, levels or {}
     styles = {name: style | ({} if points else {"marker": ""}) for name, style in palette(table["_hue"]).items()}
     keys = [key(label(name, hue), lw=1.6, **style) for name, style in styles.items() if hue]

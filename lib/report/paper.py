@@ -76,8 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.report.paper", description=__doc__.partition("\n")[0])
     parser.add_argument("--measured", action="store_true", help="only those that were measured here")
     only, columns = parser.parse_args().measured, [*KEYS, "ours", "status", "profile"]
-    files = sorted(FIGURES.glob("*/*_beside_paper.csv"))
-    tables = [pd.read_csv(file).assign(profile=file.parent.name) for file in files]
+    tables = [pd.read_csv(f).assign(profile=f.parent.name) for f in sorted(FIGURES.glob("*/*_beside_paper.csv"))]
     kept = [table[columns].dropna(subset="ours") for table in tables if {*columns} <= {*table}]
     measured = pd.concat(kept) if kept else pd.DataFrame(columns=columns)
     table = comparison(measured, pd.read_csv(ROOT / "configs" / "explanations.csv", dtype=str, keep_default_na=False))

@@ -33,12 +33,12 @@ ABOUT = ("@... is the entry of that name under shared. results_read: how many of
 
 class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
-    backbone, source, settings, store, and where: model, dtype and data in words.
-    `notebook` and `profile` name the provenance and the folder under `figures/`; `model`, `dtype` and `device_map`,
-    empty for none, are as of `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context`
-    is what the runner hands over: fresh_since, what was stored before this time, in seconds of the epoch, does not
-    count; log, a file that is told what was reused and how much memory it took; hub_unreachable, why not to ask the
-    hub; meeting, the file by which processes meet; parameters, all that were given."""
+    backbone, source, settings, store, and where: model, dtype and data in words. `notebook` and `profile` name the
+    provenance and the folder under `figures/`; `model`, `dtype` and `device_map`, empty for none, are as of
+    `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context` is the runner's:
+    fresh_since, in seconds of the epoch (what was stored before does not count); log, a file that is told what was
+    reused and how much memory it took; hub_unreachable, why not to ask it; meeting, the file by which processes meet;
+    parameters, all that were given."""
 
     def __init__(self, notebook: str, profile: str, model: str, dtype: str = "auto", context: dict | None = None,
                  device_map: str = "", **encoding):
@@ -100,6 +100,7 @@ class Session:
         caption, folder = f"{caption.rstrip('.')}. {where or self.where}", FIGURES / self.profile
         if isinstance(shown, pd.DataFrame):
             table = shown if shown.index.names == [None] else shown.reset_index()
+            caption += self._widths(table, f"{name}.csv")
             part = (table.query(detail) if detail else table).head(40)
             texts = (t.astype(object).to_markdown(index=False, floatfmt=f".{digits}f") for t in (table, part))
             text, digest = (f"**{caption}**\n\n{text}\n" for text in texts)
@@ -125,6 +126,15 @@ class Session:
         write_atomically(path, f"{{\n{content}\n}}\n".encode())
         display(shown)
 
+    def _widths(self, table: pd.DataFrame, file: str) -> str:
+        """How wide its intervals are (median) beside those of the same table of complete data, where that is there."""
+        path = FIGURES / f"full-{self.profile}".removesuffix("-default") / file
+        if table.filter(regex="high$").empty or not path.exists():
+            return ""
+        both = [(of.filter(regex="high$").to_numpy() - of.filter(regex="low$")).stack().median()
+                for of in (table, pd.read_csv(path))]
+        return f"; intervals {both[0] / both[1]:.1f} times as wide as in figures/{path.parent.name}"
+
     def _remember(self, name: str, settings: dict, **about) -> None:
         self._section["results"].append(self._compact({"name": name} | settings | about))
 
@@ -147,8 +157,7 @@ class Session:
 
     def _log_memory(self) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peak = max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-        self._log(peak_gb=round(peak / 1e9, 1))
+        self._log(peak_gb=round(max(peak, torch.cuda.is_available() and torch.cuda.max_memory_allocated()) / 1e9, 1))
 
 
 start = Session  # as notebooks write it
