@@ -106,6 +106,8 @@ def measured(row: dict, model: str) -> tuple[str, str]:
     value, (word, limit, *_) = numbers(row["query"]), [*(row.get("rule") or "").split(), "0", "0"]
     if "minus" in row:
         value = [value[0] - numbers(row["minus"])[0]]
+    if "same" in row and not any(value):
+        return row["same"], ""
     text, low, high, bottom, top = say(*value), value[-2:][0], value[-1], float(limit), float(limit)
     if "against" in row:
         other = numbers(row["against"])
@@ -193,8 +195,10 @@ def index(_, folder: Path) -> str:
         for model in PROFILES:
             for name, artefact in sections(model).get(path.stem, {"artefacts": {}})["artefacts"].items():
                 file = place(model, name).with_suffix(".md" if name.endswith(".csv") else ".png")
-                row = lines.setdefault((name, artefact["caption"].rpartition(". ")[0]), [])
-                row.append(link(model, file, folder))
+                caption, _, where = artefact["caption"].rpartition(". ")
+                gpu = name.startswith("cost_gpu")  # measured elsewhere
+                row = lines.setdefault((name, f"{caption}. {where}" if gpu else caption), [])
+                row.append(link("GPU" if gpu else model, file, folder))
         rows = ([f"`{name}`", f"{caption}.", ", ".join(links)] for (name, caption), links in lines.items())
         title = markdown(number).partition("\n")[0].lstrip("# ")
         text += f"### {link(title, path, folder)}\n\n{table('file | what it is | see', rows)}\n" * bool(lines)

@@ -106,7 +106,7 @@ def panels(table: pd.DataFrame, across: str | None = None, down: str | None = No
 def dots(table: pd.DataFrame, value="value", row="prompt", hue=None, panel=None, *, zero=np.nan, log=False, signed=(),
          group=None, crosses: dict[str, pd.DataFrame] | None = None, **texts: str):
     """Points with intervals: a line for each name in `row`, in which the points of all `hue` stand; a reference line at
-    `zero`. With `signed`, what to call better and worse, colours tell the sign where the interval does not hold 0.
+    `zero`. With `signed`, what to call better and worse, colours tell the sign where the interval excludes 0.
     Names in `group` become headings. `crosses`: legend text -> table with the same columns, drawn as crosses."""
     others = [of[of[row].isin(table[row])].assign(_cross=True) for of in (crosses or {}).values()]
     table = pd.concat([table.assign(_cross=False), *others], ignore_index=True)
@@ -114,23 +114,22 @@ def dots(table: pd.DataFrame, value="value", row="prompt", hue=None, panel=None,
     lines, styles = [], palette(table["_hue"])
     for family, of in table.groupby("_group", sort=False):
         lines += [(family, None)] * bool(group) + [(family, name) for name in of[row].unique()]
-    place = table.groupby("_hue", sort=False).ngroup()  # of a point in its line
-    place *= table[~table["_cross"]].duplicated([by for by in (row, panel, group) if by]).any()  # 0: one point a line
-    shift = min(0.3, 0.8 / (place.max() + 1)) * (place - place.max() / 2)
+    rank = table["_hue"].map([*styles].index).groupby(by := [table["_group"], table[row]]).rank("dense")  # in its line
+    shift = min(0.3, 0.8 / rank.max()) * (rank - (1 + rank.groupby(by).transform("max")) / 2)
     table["_y"] = shift + [lines.index(name) for name in zip(table["_group"], table[row])]
-    keys = [key(label(name, hue), **style | {"ls": "-"}) for name, style in styles.items() if hue]
-    keys += [key(text, tone, marker="o", ls="-") for text, tone in zip([*signed, "interval holds 0"], SIGNS) if signed]
+    low, high = interval(table, value)
+    signs, grey = np.select([low > 0, high < 0], SIGNS[:2], SIGNS[2]), {"color": "0.35"} if signed else {}
+    table["_tone"] = signs if signed else [styles[name]["color"] for name in table["_hue"]]
+    keys = [key(label(name, hue), **style | {"ls": "-"} | grey) for name, style in styles.items() if hue]
+    keys += [key(text, tone) for tone, text in zip(SIGNS, [*signed, "interval includes 0"]) if signed and tone in signs]
     keys += [key(text, "0.2", marker="x", ls="") for text in crosses or {}]
-    height = 0.5 + len(lines) * max(0.2, 0.14 * (place.max() + 1))
+    height = 0.5 + len(lines) * max(0.2, 0.14 * rank.max())
     figure, parts = panels(table, panel, keys=keys, height=height, log=log, **texts)
     for axis, part in parts:
         axis.scatter(value, "_y", data=part[part["_cross"]], marker="x", s=32, lw=1.4, color="0.2", zorder=4)
         for name, of in part[~part["_cross"]].groupby("_hue", sort=False):
-            color, bounds = styles[name]["color"], interval(of, value)
-            if signed:
-                color = np.select([bounds[0] > 0, bounds[1] < 0], SIGNS[:2], SIGNS[2])
-            axis.hlines(of["_y"], *bounds, color=color, lw=1.5)
-            axis.scatter(of[value], of["_y"], marker=styles[name]["marker"], s=22, zorder=3, color=color)
+            axis.hlines(of["_y"], *interval(of, value), color=of["_tone"], lw=1.5)
+            axis.scatter(of[value], of["_y"], marker=styles[name]["marker"], s=22, zorder=3, color=of["_tone"])
         axis.axvline(zero, color="0.2", lw=0.9, zorder=1)
         axis.set(yticks=range(len(lines)), ylim=(len(lines) - 0.5, -0.5),
                  yticklabels=[label(family, "") if name is None else label(name, row) for family, name in lines])
@@ -151,8 +150,8 @@ def bars(table: pd.DataFrame, value: str, row: str, hue: str, *, stacked=False, 
     figure, [(axis, _)] = panels(table, keys=keys, height=height, **texts)
     wide.plot.barh(ax=axis, stacked=stacked, width=0.75, lw=0, legend=False, color=colours, ylabel="")
     for drawn in axis.containers:
-        axis.bar_label(drawn, [f"{n:.{digits}f}" if n > axis.dataLim.x1 / 20 else "" for n in drawn.datavalues],
-                       label_type="center", size=8)
+        axis.bar_label(drawn, [f"{n:.{digits}f}" if n > axis.dataLim.x1 / 40 else "" for n in drawn.datavalues],
+                       label_type="center", size=8, color=str(float(sum(drawn[0].get_facecolor()[:3]) < 1.5)))
     axis.set(xmargin=0, ylim=(len(wide) - 0.5, -0.5))
     axis.grid(axis="y", visible=False)
     return figure
@@ -194,7 +193,7 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
         axis.set_title(axis.get_title(), pad=16 if marks else 6)
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set(**{f"{which}scale": "log" for which in log})
-        if "x" in log:
+        if table[x].nunique() < 9:  # all that were measured
             axis.set_xticks(table[x].unique(), [f"{tick:,}" for tick in table[x].unique()])
     return figure
 
@@ -213,7 +212,7 @@ def heat_maps(table: pd.DataFrame, x: str, y: str, value: str, panel=None, panel
                     fmt=f"z.{digits}f", annot_kws={"size": 8}, cbar=False)
         top, left = np.unravel_index(np.nanargmax(cells), cells.shape)
         for tone, wide in {"white": 4, "black": 1.8}.items() if signed else ():  # one of them can be seen on any colour
-            axis.add_patch(plt.Rectangle((left, top), 1, 1, fill=False, ec=tone, lw=wide, zorder=3))
+            axis.add_patch(plt.Rectangle((left, top), 1, 1, fill=False, ec=tone, lw=wide, zorder=3, clip_on=False))
         axis.set(xlabel="", ylabel=name, facecolor="0.9")
         axis.tick_params(rotation=0)
     figure.colorbar(axis.collections[0], ax=[axis for axis, _ in parts], label=label, aspect=30)

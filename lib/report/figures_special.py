@@ -38,7 +38,7 @@ def token_bars(tables: dict[str, pd.DataFrame], title: str):
     if not split:
         whole = whole.assign(along=whole["logit"].where(whole["in_text"]), rest=whole["logit"].mask(whole["in_text"]))
     keys = [key(*entry) for entry in fills.items()] + [key("sum", "black", marker="D", ls="", ms=4)] * split
-    figure, parts = panels(whole, "method", title=title, keys=keys, xlabel="logit", sharex=False, sharey=False,
+    figure, parts = panels(whole, "method", title=title, keys=keys, xlabel="logit", sharey=False,
                            height=0.5 + (0.28 if split else 0.19) * deepest)
     for axis, table in parts:
         table.plot.barh(y=["along", "rest"], color=fills.values(), stacked=not split, width=0.75, lw=0, legend=False,
@@ -54,7 +54,7 @@ def token_bars(tables: dict[str, pd.DataFrame], title: str):
 def similarity_against_gold(pairs: dict[str, pd.DataFrame], title: str):
     """Cosine similarity in each band of human scores: a panel for each method; columns gold (0 to 5) and similarity."""
     whole = pd.concat(pairs, names=["method"]).reset_index("method").round({"gold": 0})
-    keys = [key("median and quartiles; whiskers: to 1.5 times the quartiles' distance", SKY)]
+    keys = [key("median and quartiles; whiskers: to 1.5 times their distance (pairs beyond: not drawn)", SKY)]
     figure, parts = panels(whole, "method", title=title, keys=keys, xlabel="human score (0 to 5, rounded)",
                            ylabel="cosine similarity", height=2.6)
     for axis, table in parts:
@@ -71,13 +71,13 @@ def similarity_by_kind(pairs: pd.DataFrame, title: str):
     long = pairs.melt(["method", "kind"], ["cosine similarity", "overlap of tokens"], "measure")
     colours = dict.fromkeys(long["kind"], BLUE) | {"paraphrase": VERMILION, "topic shift": "0.4"}
     keys = [key("a pair", marker="o", ls="", ms=4), key("mean", "black", marker="|", ls="", ms=12, mew=2)]
-    figure, parts = panels(long, "method", "measure", title=title, keys=keys, sharex=False, height=2)
+    figure, parts = panels(long, "method", "measure", title=title, keys=keys, sharex=False, height=2.2)
     for axis, table in parts:
         means = table.groupby("kind", sort=False)["value"].mean()
         y = means.index.get_indexer(table["kind"]) + np.random.default_rng(0).uniform(-0.2, 0.2, len(table))
         axis.scatter(table["value"], y, s=11, alpha=0.6, lw=0, c=table["kind"].map(colours))
         axis.plot(means, means.index, "|", color="black", ms=16, mew=2)
-        axis.set_ylim(len(means) - 0.5, -0.5)
+        axis.set(xlabel=table["measure"].iloc[0], ylabel="", ylim=(len(means) - 0.5, -0.5))
         axis.grid(axis="y", visible=False)
     return figure
 
@@ -95,7 +95,7 @@ def variation_stems(variations: dict[str, pd.DataFrame], title: str):
         axis.bar("component", "variation", 0.7, yerr="deviation", data=table, color=colours, lw=0,
                  error_kw={"ecolor": "0.65", "elinewidth": 0.8})
         axis.axhline(0, color="0.2", lw=0.8)
-        axis.text(0.97, 0.5, first, transform=axis.transAxes, ha="right", va="center", size=8, color=VERMILION)
+        axis.text(0.97, 0.03, first, transform=axis.transAxes, ha="right", va="bottom", size=8, color=VERMILION)
     return figure
 
 
@@ -103,7 +103,7 @@ def attention_map(example: pd.DataFrame, by_block: pd.DataFrame, title: str):
     """Attention to the placeholder by block: above, of one sentence's tokens; below, the mean over sentences.
     `example`: columns block, token (place), text, share. `by_block`: columns variant, block, share, low, high."""
     above = by_block[["variant", "block"]].assign(panel="token of the sentence")  # Its panel is kept free of lines.
-    both = pd.concat([above, by_block.assign(panel="attention on the placeholder")])
+    both = pd.concat([above, by_block.assign(panel="share of attention")])
     figure = bands(both, "block", "share", "variant", panel_row="panel", title=title, xlabel="block")
     axis, texts = figure.axes[0], example.groupby("token")["text"].first()
     cells = example.pivot(index="token", columns="block", values="share")
@@ -115,27 +115,27 @@ def attention_map(example: pd.DataFrame, by_block: pd.DataFrame, title: str):
 
 
 def pareto(points: pd.DataFrame, **texts: str):
-    """Left all points, a colour for each method and a marker for each variant; right those around the front, which has
-    its names. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (bool)."""
+    """All points, a colour a method, a marker a variant; beside them, if costs differ over twofold, those around the
+    front. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (bool)."""
     front, markers = points[points["front"]].sort_values("cost"), dict(zip(points["variant"].unique(), "soDv"))
     colours = {method: style["color"] for method, style in palette(points["method"]).items()}
     keys = [key(label(method), color) for method, color in colours.items()]
     keys += [key(label(variant), marker=marker, ls="") for variant, marker in markers.items()]
-    keys += [key("Pareto front", "0.2", ls="--"), key("its 95 % intervals", "0.7", lw=1)]
-    both = pd.concat(points.assign(part=part) for part in ("all", "around the Pareto front"))
-    figure, parts = panels(both, "part", keys=keys, height=4.2, log=True, sharex=False, **texts)
-    for axis, _ in parts:
+    keys += [key("Pareto front", "0.2", ls="--"), key("95 % interval", "0.8", lw=1)]
+    near = points[points["cost"].between(0.98 * front["cost"].min(), 1.02 * front["cost"].max())]
+    wide = points["cost"].max() > 2 * points["cost"].min()
+    both = pd.concat({"all": points, "around the Pareto front": near} if wide else {"": points}, names=["part"])
+    figure, parts = panels(both.reset_index("part"), "part", keys=keys, height=4.2, log=wide, sharex=False, **texts)
+    for axis, part in parts:
+        axis.vlines("cost", "low", "high", data=part, color="0.8", lw=1, zorder=1)
         axis.step("cost", "score", data=front, where="post", color="0.2", ls="--")
-        for (method, variant), table in points.groupby(["method", "variant"], sort=False):
+        for (method, variant), table in part.groupby(["method", "variant"], sort=False):
             axis.plot("cost", "score", markers[variant], data=table, color=colours[method], ms=6)
             axis.hlines("score", "lower quartile", "upper quartile", data=table, color=colours[method])
-    axis.vlines("cost", "low", "high", data=front, color="0.7", lw=1, zorder=1)
-    axis.set_xlim(0.98 * front["cost"].min(), 1.02 * front["cost"].max())
     axis.set_xscale("linear")
-    apart = 0.055 * np.ptp(axis.get_ylim()) * np.arange(len(front))  # of names, in a column in the order of the scores
-    places = np.maximum.accumulate(front["score"] - apart) + apart
-    names = front["method"].map(label) + ", " + front["variant"].map(label)
-    line = {"arrowstyle": "-", "color": "0.5", "relpos": (0, 0.5)}
-    for name, *at, y in zip(names, front["cost"], front["score"], places - max(0, places.max() - axis.get_ylim()[1])):
-        axis.annotate(name, at, (1.04, y), size=8, va="center", textcoords=axis.get_yaxis_transform(), arrowprops=line)
+    for number, at in enumerate(zip(front["cost"], front["score"]), 1):
+        axis.annotate(number, at, (0, 5), ha="center", weight="bold", textcoords="offset points", zorder=4)
+    names = enumerate(front["method"].map(label) + ", " + front["variant"].map(label), 1)
+    listed = "\n".join(["Pareto front", *(f"{number}  {name}" for number, name in names)])
+    axis.text(1.03, 0.98, listed, va="top", size=8, transform=axis.transAxes)
     return figure

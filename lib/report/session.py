@@ -33,9 +33,9 @@ ABOUT = ("@... is the entry of that name under shared. results_read: how many of
 
 class Session:
     """What every notebook begins with: loads the model, finds the data, sets the style of figures. Attributes: profile,
-    backbone, source, settings, store, and where: model, dtype and data in words. `notebook` and `profile` name the
-    provenance and the folder under `figures/`; `model`, `dtype` and `device_map`, empty for none, are as of
-    `load_backbone`, `encoding` is max_length and batch_size (0: none) of encoders. `context` is the runner's:
+    backbone, source, settings, store, and where: model, dtype and data in words (where_own: of own sentences).
+    `notebook` and `profile` name the provenance and the folder under `figures/`; `model`, `dtype` and `device_map`,
+    empty for none, are as of `load_backbone`, `encoding` is of encoders (0: none). `context` is the runner's:
     fresh_since, in seconds of the epoch (what was stored before does not count); log, a file that is told what was
     reused and how much memory it took; hub_unreachable, why not to ask it; meeting, the file by which processes meet;
     parameters, all that were given."""
@@ -54,7 +54,8 @@ class Session:
         parameters = {"profile": profile, "model": model, "dtype": dtype} | self._context.get("parameters", {})
         about = {"parameters": parameters, "model": self.backbone.describe(), "blocks": self.backbone.num_layers,
                  "source": self.source.describe(), "environment": environment()}
-        self.where = f"{self.backbone.title}, {about['model']['dtype']}; {self.source.label}"
+        self.where, self.where_own = (f"{self.backbone.title}, {about['model']['dtype']}; {text}"
+                                      for text in (self.source.label, "own sentences"))
         self._section = {"about": {}, "artefacts": {}, "results": [], "shared": {}}
         self._section["about"] = self._compact(about)
 
