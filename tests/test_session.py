@@ -199,7 +199,7 @@ def test_colours_tell_the_sign_where_the_value_s_own_interval_does_not_hold_0():
     figure = dots(table, "difference", signed=("TP better", "TP worse"), zero=0, **TEXTS)
     [cloud] = clouds(figure.axes[0])
     assert [to_hex(of).upper() for of in cloud.get_facecolors()] == [COLOURS["blue"], COLOURS["vermilion"], "#808080"]
-    assert texts(figure.legends[0].texts) == ["TP better", "TP worse", "interval holds 0"]
+    assert texts(figure.legends[0].texts) == ["TP better", "TP worse", "interval includes 0"]
 
 
 def test_crosses_and_headings():
