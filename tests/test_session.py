@@ -132,10 +132,11 @@ def test_a_long_table_is_displayed_as_a_digest(tmp_path, shown):
 
 
 def test_a_caption_says_how_wide_intervals_are_beside_those_of_complete_data(tmp_path, shown):
-    run, table = start(), pd.DataFrame({"value": [3.0, 4.0, 9.0], "low": [2.0, 1.0, None], "high": [4.0, 5.0, None]})
+    run, lows = start(), [2.0, 1.0, None, 1.0, 1.0, 1.0]  # the last three rows have no width
+    table = pd.DataFrame({"value": 3.0, "low": lows, "high": [4.0, 5.0, *lows[2:]]})
     run.show(table, "scores", "Scores")  # nothing to compare with
     (tmp_path / "figures" / "smoke").rename(tmp_path / "figures" / "full-smoke")
-    run.show(table.assign(high=[8.0, 7.0, None]), "scores", "Scores")
+    run.show(table.assign(high=[8.0, 7.0, *lows[2:]]), "scores", "Scores")
     run.show(table[["value"]], "values", "No intervals")
     said = [entry["caption"].partition("data")[2] for entry in provenance(tmp_path)["01"]["artefacts"].values()]
     assert ["times" in displayed.data for displayed in shown] == [False, True, False]

@@ -128,11 +128,11 @@ class Session:
         display(shown)
 
     def _widths(self, table: pd.DataFrame, file: str) -> str:
-        """How wide its intervals are (median) beside those of the same table of complete data, where that is there."""
+        """How wide its intervals (median of those above 0) are beside those of the same table of complete data."""
         path = FIGURES / f"full-{self.profile}".removesuffix("-default") / file
         if table.filter(regex="high$").empty or not path.exists():
             return ""
-        both = [(of.filter(regex="high$").to_numpy() - of.filter(regex="low$")).stack().median()
+        both = [(of.filter(regex="high$").to_numpy() - of.filter(regex="low$")).stack().loc[lambda w: w > 0].median()
                 for of in (table, pd.read_csv(path))]
         return f"; intervals {both[0] / both[1]:.1f} times as wide as in figures/{path.parent.name}"
 
