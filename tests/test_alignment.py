@@ -272,6 +272,10 @@ def test_variation_by_hand_and_of_what_only_moves_the_first_component():
     table = key_tokens.spectrum_stability({"m": (states, target), "back": (target, states)}, (20, 60, 500))
     assert table["N"].tolist() == [20, 60] * 2 and table["change"].tolist() == ["m", "m", "back", "back"]
     assert table.loc[1, ["v_1", "cosine", *key_tokens.SHARES]].tolist() == pytest.approx([-2.5, 1, 1, 1])
+    # Texts in an order of topics: the fewer stand for all topics, not for the first.
+    topics = np.concatenate([states[:30], states[:30] + 40])
+    few, every = key_tokens.spectrum_stability({"m": (topics, topics * 0.5)}, (20, 60))["v_1"]
+    assert few == pytest.approx(every, rel=0.3)
     # Without the mean the first component points elsewhere.
     assert (table[[f"{share}, centred" for share in key_tokens.SHARES]] < 0.9).all(axis=None)
 

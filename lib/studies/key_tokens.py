@@ -104,15 +104,15 @@ def contributions(backbone: Backbone, state: np.ndarray, component: np.ndarray, 
 
 def spectrum_stability(changes: dict[str, tuple[np.ndarray, np.ndarray]], sizes: Sequence[int]) -> pd.DataFrame:
     """How much of a change, from embeddings (texts, hidden) to others of the same texts, lies along the first component
-    of the former, by their first N texts. `changes`: name -> both. Columns change, N, v_1, cosine (of u_1 with that of
-    all texts), and each of `SHARES` from 0 to 1, of uncentred and of centred embeddings."""
+    of the former, by N texts drawn at random (texts may be in an order of topics). `changes`: name -> both. Columns
+    change, N, v_1, cosine (of u_1 with that of all texts), and each of `SHARES`, 0 to 1, uncentred and centred."""
     rows = []
-    for name, (embeddings, target) in changes.items():
-        whole, _ = principal_components(embeddings)
-        for n in sorted({min(size, len(embeddings)) for size in sizes}):
-            as_they_are, centred = (Spectrum.between(embeddings[:n], target[:n], centre) for centre in (False, True))
-            shares = [part.variation.loc[0, share] for share in SHARES for part in (as_they_are, centred)]
-            rows.append((name, n, as_they_are.v1, abs(as_they_are.first @ whole[0]), *shares))
+    for name, both in changes.items():
+        (whole, _), order = principal_components(both[0]), np.random.default_rng(0).permutation(len(both[0]))
+        for n in sorted({min(size, len(order)) for size in sizes}):
+            plain, centred = (Spectrum.between(*(of[order[:n]] for of in both), centre) for centre in (False, True))
+            shares = [part.variation.loc[0, share] for share in SHARES for part in (plain, centred)]
+            rows.append((name, n, plain.v1, abs(plain.first @ whole[0]), *shares))
     names = (f"{share}{ending}" for share in SHARES for ending in ("", ", centred"))
     return pd.DataFrame(rows, columns=["change", "N", "v_1", "cosine", *names])
 
