@@ -86,8 +86,9 @@ def parts(**counts):
 
 
 def by_hand(features, labels, fit, test, strength):
-    """Predictions of plain scikit-learn on raw features, brought to the very minimum."""
+    """Predictions of plain scikit-learn on features of one size, brought to the very minimum."""
     centred = features.astype(np.float64) - features[fit].mean(axis=0)  # the bias takes it up
+    centred /= centred[fit].std()
     c = (2 if labels.max() == 1 else 1) / (strength * len(fit))
     model = LogisticRegression(C=c, tol=1e-9, max_iter=20_000).fit(centred[fit], labels[fit])
     return model.predict(centred[test])
@@ -122,7 +123,9 @@ def test_the_minimum_is_that_of_sentevals_loss():
     # SentEval's layer has two columns of weights; mean cross-entropy + L2 / 2 * |W|^2, the bias left out of |W|
     features, labels = blobs(150, 3)
     found = classify(features, labels, parts(train=100, test=50))
-    strength, x, y = found["l2"].iloc[0], features[:100].astype(float), labels[:100]
+    features = (features - features[:100].mean(axis=0)).astype(float)
+    features /= features[:100].std()  # one number for all of them
+    strength, x, y = found["l2"].iloc[0], features[:100], labels[:100]
     def loss(w):
         logits = x @ w[:6].reshape(3, 2) + w[6:]
         return (logsumexp(logits, axis=1) - logits[np.arange(100), y]).mean() + strength / 2 * (w[:6] ** 2).sum()
@@ -142,6 +145,13 @@ def test_nested_folds_test_every_item_once_by_a_classifier_that_has_not_seen_it(
     noise = np.random.default_rng(1).normal(size=(80, 200))  # wide enough to learn any labels by heart
     shuffled = np.random.default_rng(2).integers(0, 2, 80)
     assert 0.3 < (classify(noise, shuffled, parts(all=80)).predicted == shuffled).mean() < 0.7
+
+
+def test_longer_features_are_not_judged_by_another_strength():
+    features, labels = blobs(120, 60, distance=3.0)
+    of = {size: classify(size * features, labels, parts(train=80, test=40)) for size in (1e-3, 1, 1e3)}
+    assert of[1].predicted.equals(of[1e3].predicted) and of[1].predicted.equals(of[1e-3].predicted)
+    assert 1e-3 < of[1].l2[0] < 10  # not at a border of what may be chosen
 
 
 @pytest.mark.filterwarnings("error")

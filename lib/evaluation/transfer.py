@@ -4,9 +4,9 @@ The protocol is SentEval's (arXiv 1803.05449), with its seed: nested 10-fold cro
 the given splits for SST-2, 10 folds of the training part and then the test part for TREC and MRPC.
 `classifier="senteval"` is all its own, for figures beside published ones. What differs with the default, `"exact"`:
 - SentEval takes steps with Adam and stops early, when accuracy no longer rises on held-out items. Here its loss, mean
-  cross-entropy + L2 / 2 * |W|^2 on raw features (the bias is not part of |W|), is brought to its minimum, on all of the
-  training part. Stopping early keeps weights smaller than its L2 of 1e-5 to 1e-2 does, so strengths start higher here.
-- Features are centred and divided by one number, not feature by feature. L2 is scaled with it, so the minimum stays.
+  cross-entropy + L2 / 2 * |W|^2 (the bias is not part of |W|), is brought to its minimum, on all of the training part.
+- Features are centred and divided by one number, their standard deviation. L2 on raw features would hold back states
+  after the final norm, and hardly those of inner layers, which are ten times longer: layers would be judged by length.
 - A class of fewer than 10 members makes for fewer folds, so that few rows can be used. Complete data has enough.
 - SentEval sorts the data by length before it makes folds, so its folds are others. Accuracy is that of all items."""
 
@@ -31,7 +31,7 @@ from lib.data.sources import EvaluationData
 from lib.data.transfer import PAIR_TASKS
 
 FOLDS, SEED = 10, 1111  # SentEval's
-STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of L2, the strongest first: each fit starts from the one before
+STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of L2, the strongest first: each fit starts from the one before
 # Of SentEval's own: L2, the weakest first, chosen among equals; rounds of 4 passes begin until over 200 are done.
 L2, BATCH, PASSES, ROUNDS, TENACITY = (1e-5, 1e-4, 1e-3, 1e-2), 64, 4, 51, 5
 
@@ -132,8 +132,8 @@ def _predict(features, labels, fit: np.ndarray, test: np.ndarray, strengths: Seq
     """Fit at each strength, the strongest first: predicted labels, (strengths, test items). Needs no items held out."""
     known = features[fit].astype(np.float64)
     known -= (mean := known.mean(axis=0))
-    known /= (scale := known.std() or 1.0)
-    new = (features[test] - mean) / scale
+    known /= (size := known.std() or 1.0)
+    new = (features[test] - mean) / size
     if len(known) < known.shape[1]:
         basis = np.linalg.qr(known.T)[0]  # the weights lie in the span of the items: turning the axes into it is exact
         known, new = known @ basis, new @ basis
@@ -143,7 +143,7 @@ def _predict(features, labels, fit: np.ndarray, test: np.ndarray, strengths: Seq
     model = LogisticRegression(solver=solver, tol=1e-3, max_iter=1000, warm_start=True)
     for strength in strengths:
         # C weighs the sum of losses. For two classes scikit-learn's w is the difference of W's two: |W|^2 = |w|^2 / 2.
-        model.C = (2 if binary else 1) * scale**2 / (len(fit) * strength)
+        model.C = (2 if binary else 1) / (len(fit) * strength)
         predicted.append(model.fit(known, labels[fit]).predict(new))
     return np.stack(predicted)
 
