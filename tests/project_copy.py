@@ -10,12 +10,11 @@ from lib.core.store import ROOT
 
 
 class Copy:
-    """A copy of the project in `folder`, with another profile's published tables, as a clone has them, and without its
-    caches; `models` has those models that are read already."""
+    """A copy of the project in `folder`, without its results and caches; `models` has those models that are read."""
 
     def __init__(self, folder: Path, models: Path | None = None):
         self.folder = folder
-        for name in ("lib", "notebooks", "configs", "data/sample", "data/paper", "figures/gemma3-270m"):
+        for name in ("lib", "notebooks", "configs", "data/sample", "data/paper"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "data" / "official_code.csv", folder / "data")
         if models:
