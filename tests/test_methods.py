@@ -1,5 +1,6 @@
 """Attention values, Contrastive Prompting and postprocesses against computations by hand."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -121,6 +122,13 @@ def test_contrastive_prompting_equals_two_calls_by_hand(family, options, prompt)
             assert_same(found[n][row], expected, f"layer {n}, {sentence!r}")
     for n in found:  # else a method that does nothing would pass
         assert (np.abs(found[n] - plain[n]).max() > 1e-2) == (n > cp.block), n
+
+
+def test_contrastive_prompting_does_not_copy_the_tokenizer_for_each_batch(backbone, monkeypatch):
+    copies, deepcopy = [], copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda one: copies.append(one) or deepcopy(one))
+    SentenceEncoder(backbone, "prompteol", CP, batch_size=1).encode(SENTENCES)
+    assert len(copies) <= 2 < len(SENTENCES)  # the encoder's own and that of the second prompt
 
 
 def test_no_block_is_run_in_vain_and_a_cut_sentence_is_cut_in_both_passes(backbone, passes):

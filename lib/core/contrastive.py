@@ -1,6 +1,5 @@
-"""Contrastive Prompting (CP): what a sentence says under a second, irrelevant prompt is taken away (arXiv 2505.12831).
-A first pass, under that prompt and only up to one block, reads what enters the output projection of the block's
-attention at the last token; the second subtracts it from its own at the same place."""
+"""Contrastive Prompting (CP, arXiv 2505.12831): what a sentence says under a second, irrelevant prompt is taken away. A
+first pass reads what enters the output projection of a block's attention at its last token; the second subtracts it."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,18 +54,19 @@ class ContrastivePrompting:
         """Run the first pass over the batch's sentences; while active, the second subtracts what it read."""
         self.check(backbone)
         projection, texts, read = find_attention(backbone).projections[self.block], batch.texts, []
-        rows = PromptTokenizer(backbone.tokenizer, backbone.max_length)(self.auxiliary, texts)
+        # Kept with the backbone, because it copies the tokenizer, and one of 262,000 tokens takes a second to copy.
+        tokenize = vars(backbone).setdefault("tokenize", PromptTokenizer(backbone.tokenizer, backbone.max_length))
+        rows = tokenize(self.auxiliary, texts)
         rows.prefix = 0  # whole prompts: a prefix's keys and values would be one more pass
         first = rows.batch(range(len(texts)), backbone.device)
         with projection.register_forward_pre_hook(lambda _, args: read.append(last_state(args[0], first.last).float())):
             read_states(backbone, first.ids, [self.block + 1], lambda states: None)
-        auxiliary = read[0]  # float32 (texts, width)
 
         def subtract(_, args):
             values = args[0].clone()
             rows, last = torch.arange(len(values), device=values.device), batch.last.to(values.device)
             own = values[rows, last].float()
-            difference = own - auxiliary.to(values.device)
+            difference = own - read[0].to(values.device)  # read[0]: float32 (texts, width)
             length = own.norm(dim=-1, keepdim=True) / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             values[rows, last] = (difference * (length if self.rule == "NR" else self.strength)).to(values.dtype)
             return (values, *args[1:])
