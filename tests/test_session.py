@@ -131,6 +131,12 @@ def test_a_long_table_is_displayed_as_a_digest(tmp_path, shown):
         run.show([1], "list", "A list")
 
 
+def test_a_table_to_read_is_rounded_from_the_numbers_of_its_csv(tmp_path, shown):
+    start().show(pd.DataFrame({"a": [3.4499999999]}), "near", "Near a half", 1)
+    read, stored = ((tmp_path / "figures" / "smoke" / f"near.{end}").read_text() for end in ("md", "csv"))
+    assert "3.450000" in stored and "3.5" in read  # so that nobody who rounds the CSV finds 3.5 where this has 3.4
+
+
 def test_a_caption_says_how_wide_intervals_are_beside_those_of_complete_data(tmp_path, shown):
     run, lows = start(), [2.0, 1.0, None, 1.0, 1.0, 1.0]  # the last three rows have no width
     table = pd.DataFrame({"value": 3.0, "low": lows, "high": [4.0, 5.0, *lows[2:]]})

@@ -103,7 +103,7 @@ class Session:
             table = shown if shown.index.names == [None] else shown.reset_index()
             caption += self._widths(table, f"{name}.csv")
             part = (table.query(detail) if detail else table).head(40)
-            texts = (t.astype(object).to_markdown(index=False, floatfmt=f".{digits}f") for t in (table, part))
+            texts = (t.round(6).astype(object).to_markdown(index=False, floatfmt=f".{digits}f") for t in (table, part))
             text, digest = (f"**{caption}**\n\n{text}\n" for text in texts)
             if len(part) < len(table):
                 digest += f"\n{len(part)} of {len(table)} rows; all are in `figures/{self.profile}/{name}.csv`.\n"
