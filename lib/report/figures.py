@@ -177,10 +177,8 @@ def bands(table: pd.DataFrame, x: str, value="value", hue=None, panel=None, pane
         for name, line in part.sort_values(x).groupby("_hue", sort=False):
             bounds, color = interval(line, value), styles[name]["color"]
             axis.plot(line[x], line[value], lw=1.6, ms=5, **styles[name])
-            if points:
-                axis.vlines(line[x], *bounds, color=color, lw=1.3)
-            else:
-                axis.fill_between(line[x], *bounds, color=color, alpha=0.18, lw=0)
+            draw, style = (axis.vlines, {"lw": 1.3}) if points else (axis.fill_between, {"alpha": 0.18, "lw": 0})
+            draw(line[x], *bounds, color=color, **style)
             if hollow:
                 axis.plot(x, value, data=line[line[hollow]], ms=5, mfc="white", **styles[name] | {"ls": ""})
             if ring:

@@ -116,26 +116,28 @@ def attention_map(example: pd.DataFrame, by_block: pd.DataFrame, title: str):
 
 def pareto(points: pd.DataFrame, **texts: str):
     """All points, a colour a method, a marker a variant; beside them, if costs differ over twofold, those around the
-    front. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front (bool)."""
+    middle of the front. `points`: method, variant, cost, lower quartile, upper quartile, score, low, high, front."""
     front, markers = points[points["front"]].sort_values("cost"), dict(zip(points["variant"].unique(), "soDv"))
     colours = {method: style["color"] for method, style in palette(points["method"]).items()}
     keys = [key(label(method), color) for method, color in colours.items()]
     keys += [key(label(variant), marker=marker, ls="") for variant, marker in markers.items()]
     keys += [key("Pareto front", "0.2", ls="--"), key("95 % interval", "0.8", lw=1)]
-    near = points[points["cost"].between(0.98 * front["cost"].min(), 1.02 * front["cost"].max())]
-    wide = points["cost"].max() > 2 * points["cost"].min()
-    both = pd.concat({"all": points, "around the Pareto front": near} if wide else {"": points}, names=["part"])
-    figure, parts = panels(both.reset_index("part"), "part", keys=keys, height=4.2, log=wide, sharex=False, **texts)
+    wide = bool(points["cost"].max() > 2 * points["cost"].min())
+    near = points[points["cost"].div(front["cost"].median()).between(0.67, 1.5)] if wide else points
+    both = pd.concat([points.assign(part="all")] * wide + [near.assign(part="around the middle of the front" * wide)])
+    figure, parts = panels(both, "part", keys=keys, height=4.2, log=wide, sharex=False, sharey=False, **texts)
     for axis, part in parts:
         axis.vlines("cost", "low", "high", data=part, color="0.8", lw=1, zorder=1)
         axis.step("cost", "score", data=front, where="post", color="0.2", ls="--")
         for (method, variant), table in part.groupby(["method", "variant"], sort=False):
             axis.plot("cost", "score", markers[variant], data=table, color=colours[method], ms=6)
             axis.hlines("score", "lower quartile", "upper quartile", data=table, color=colours[method])
-    axis.set_xscale("linear")
-    for number, at in enumerate(zip(front["cost"], front["score"]), 1):
-        axis.annotate(number, at, (0, 5), ha="center", weight="bold", textcoords="offset points", zorder=4)
-    names = enumerate(front["method"].map(label) + ", " + front["variant"].map(label), 1)
-    listed = "\n".join(["Pareto front", *(f"{number}  {name}" for number, name in names)])
+    low, high = near["cost"].min(), near["cost"].max()
+    axis.set(xscale="linear", xlim=(low - 0.03, high + 0.03), ylim=(near["low"].min() - 0.5, near["high"].max() + 0.5))
+    listed = "Pareto front"
+    for number, at in enumerate(front.itertuples(), 1):
+        listed += f"\n{number}  {label(at.method)}, {label(at.variant)}"
+        parts[-1 if low <= at.cost <= high else 0][0].annotate(number, (at.cost, at.score), (0, 5), ha="center",
+                                                               weight="bold", textcoords="offset points", zorder=4)
     axis.text(1.03, 0.98, listed, va="top", size=8, transform=axis.transAxes)
     return figure
