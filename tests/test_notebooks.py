@@ -44,7 +44,7 @@ def test_thin_and_begun_as_all_are(path):
     lines = parameters.source.splitlines()
     assert all("  # " in line for line in lines), "every parameter has a comment"
     assert {"profile", "model", "dtype", "context"} <= {line.split(" = ")[0] for line in lines}
-    lines += [line for cell in cells for line in cell.source.splitlines() if line.strip()]
+    lines += [line for cell in cells for line in cell.source.splitlines()]
     assert len(lines) <= 140
     assert all(len(line) <= 120 for line in [*lines, *bootstrap.source.splitlines()])
 
